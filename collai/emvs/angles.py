@@ -6,7 +6,7 @@
 __all__ = ['rank1_split', 'rounding_snr_min', 'Unwrapped', 'disambiguate', 'polarization_from', 'information', 'Estimate',
            'estimate', 'BatchEstimate', 'batched_estimate', 'measure']
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #d0fff4bd
+# %% ../../nbs/emvs/02_unwrap.ipynb #f136b610
 import time
 from dataclasses import dataclass, replace
 from math import ceil
@@ -32,7 +32,9 @@ from collai.emvs.field import (
     complex_normal,
     emvs_matrix,
     emvs_response,
+    l_array,
     poynting,
+    random_array,
     unit_vector,
 )
 from ..eval.stats import wilson
@@ -572,7 +574,7 @@ def _angle_columns(positions, angles, kappa):
     du = np.stack([et, st[:, None] * ep], -1)
     return _columns(np, positions, u, du, b, db, kappa)
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #cfd30138
+# %% ../../nbs/emvs/02_unwrap.ipynb #ba9b581e
 def information(
     params: ArrayLike, tx: ArrayLike, rx: ArrayLike, s_gram: ArrayLike, wavelength: float = 1.0
 ) -> np.ndarray:
@@ -600,12 +602,14 @@ def information(
 
     Raises
     ------
+    ValueError
+        If positions or wavelength are unusable.
     numpy.linalg.LinAlgError
         When two columns of A are equal.
     """
-    params, kappa = np.asarray(params, float), 2 * np.pi / wavelength
-    tx5 = _angle_columns(np.asarray(tx, float), params[:, :4], kappa)
-    rx5 = _angle_columns(np.asarray(rx, float), params[:, 4:], kappa)
+    tx, rx, kappa = check_positions(tx), check_positions(rx), 2 * np.pi / check_wavelength(wavelength)
+    params = np.asarray(params, float)
+    tx5, rx5 = _angle_columns(tx, params[:, :4], kappa), _angle_columns(rx, params[:, 4:], kappa)
     return _project(np, _gram9(np, tx5, rx5, _PICKS), np.asarray(s_gram))
 
 # %% ../../nbs/emvs/02_unwrap.ipynb #8fba0e43
@@ -890,9 +894,11 @@ def estimate(
         raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
     return _estimate(X, cpd(X, rank, rng=rng), arrays, wavelength, method, refine)
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #9d6c254e
+# %% ../../nbs/emvs/02_unwrap.ipynb #c7960b9d
 def _estimate(X, cp, arrays, wavelength, method, refine):
     """The part of `estimate` behind the decomposition."""
+    if not X.any():
+        raise ValueError("tensor is zero: there is no target to find")
     rank, size = cp.factors[2].shape[1], [len(f) for f in cp.factors]
     energy = (cp.rel_residual * np.linalg.norm(X)) ** 2
     noise_var = _noise(energy, size, rank, sum(size) - 2)
@@ -907,7 +913,9 @@ def _estimate(X, cp, arrays, wavelength, method, refine):
         wraps = [[_reread(one, rows[k][i][0], state[2 * k][i], turns[k], behind.get((k, i)))
                   for i, one in enumerate(wraps[k])] for k in (0, 1)]
         energy = _residual(np, X, rads, state)[2]
-        noise_var = _noise(energy, size, rank, size[2] + 4)
+        before, noise_var = noise_var, _noise(energy, size, rank, size[2] + 4)
+        if noise_var > 1.2 * before and energy > 1e-20 * np.linalg.norm(X) ** 2:
+            wraps = [[replace(one, ambiguous=True) for one in end] for end in wraps]
     targets = _angles(state)
     kappa, x = 2 * np.pi / wavelength, targets.as_array()  # pulses with the phases of the angles
     columns = [_angle_columns(p, x[:, i : i + 4], kappa)[:, 0] for i, p in zip((0, 4), arrays, strict=True)]
@@ -915,20 +923,6 @@ def _estimate(X, cp, arrays, wavelength, method, refine):
     H = information(x, *arrays, S.conj() @ S.T, wavelength)
     covariance = noise_var / 2 * np.linalg.pinv(H, hermitian=True)
     return Estimate(targets, *coarse, list(wraps[0]), list(wraps[1]), cp, noise_var, covariance)
-
-# %% ../../nbs/emvs/02_unwrap.ipynb #f69b1583
-def _l_shape(spacing):
-    """Six elements in the xy-plane: four on x with the corner, two more on y."""
-    corners = [[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [0, 1, 0], [0, 2, 0]]
-    return spacing * np.array(corners, float)
-
-
-def _scatter(spacing, rng):
-    """Six random elements in a cube, no two closer than the spacing."""
-    while True:
-        positions = rng.uniform(0, 2 * spacing, (6, 3))
-        if pdist(positions).min() >= spacing:
-            return positions
 
 # %% ../../nbs/emvs/02_unwrap.ipynb #4b981c92
 def _split_batch(xp, blocks):
@@ -1156,7 +1150,7 @@ def _study(tx, rx, snr_db, shape, methods, rng):
             out[m].append(got[m].reshape(2, *sigma.shape))
     return {**{m: np.stack(v, 1) for m, v in out.items()}, "paired": (alone[0] == alone[1]).all(1)}
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #c6cd921a
+# %% ../../nbs/emvs/02_unwrap.ipynb #cb1f666f
 _CASES = (("L", 2, -15), ("L", 5, -15), ("L", 5, -10), ("L", 10, -15), ("L", 10, -10), ("L", 10, -5),
           ("3-D", 5, -15), ("3-D", 5, -10), ("3-D", 10, -15), ("3-D", 10, -10), ("3-D", 10, -5))
 
@@ -1167,7 +1161,7 @@ def _table(cases, trials, methods, rng, rank=2, n_pulses=50):
     for geometry, spacing, snr_db in tqdm(cases, disable=trials < 250, desc="cases"):
         parts, groups = [], max(1 if geometry == "L" else 5, -(-trials // 50))
         for _ in range(groups):
-            arrays = [_l_shape(spacing) if geometry == "L" else _scatter(spacing, rng)
+            arrays = [l_array(spacing) if geometry == "L" else random_array(6, spacing, rng)
                       for _ in range(2)]
             shape = (-(-trials // groups), rank, n_pulses)
             parts.append(_study(*arrays, snr_db, shape, methods, rng))
@@ -1201,11 +1195,11 @@ def _seconds(call, wait, repeats=3):
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #3b062d40
+# %% ../../nbs/emvs/02_unwrap.ipynb #e67865af
 def _measure_cuda():
     """Rows of a GPU: estimates per second at four batch sizes, and accuracy against the CPU."""
     import torch
-    arrays = _l_shape(5.0), _l_shape(5.0)
+    arrays = l_array(5.0), l_array(5.0)
     X, _, ways = _scene(*arrays, 10.0, (64, 3, 100), np.random.default_rng(0))
     base, bound = torch.from_numpy(X).cuda(), _copy_bandwidth() / (2 * X[0].nbytes)
     exact = batched_estimate(torch.from_numpy(X.astype(complex)), 3, *arrays)
@@ -1221,11 +1215,11 @@ def _measure_cuda():
     best = max(rows[1:], key=lambda row: row["measured"])
     return [*rows, {**best, "name": "gpu_estimates", "batch": int(best["name"].split()[1])}]
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #43404866
+# %% ../../nbs/emvs/02_unwrap.ipynb #9ea1863b
 def _measure_cpu():
     """Rows of a CPU: batched against single estimates, and the table with many trials."""
     import torch
-    rng, arrays = np.random.default_rng(0), (_l_shape(5.0), _l_shape(5.0))
+    rng, arrays = np.random.default_rng(0), (l_array(5.0), l_array(5.0))
     X = _scene(*arrays, 10.0, (32, 3, 100), rng)[0]
     data = torch.from_numpy(X)
     batch = 32 / _seconds(lambda: batched_estimate(data, 3, *arrays), lambda: None)

@@ -6,7 +6,7 @@
 __all__ = ['khatri_rao', 'cp_to_tensor', 'kruskal_rank', 'kruskal_condition', 'identifiability_report', 'CPResult', 'cpd',
            'factor_error', 'benchmark_tensor', 'batched_cpd', 'measure']
 
-# %% ../../nbs/emvs/01_cpd.ipynb #8f05db63
+# %% ../../nbs/emvs/01_cpd.ipynb #078c7c75
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from ..core.claims import measure_main
-from .field import Targets, check_rank, check_tensor, complex_normal, manifold, simulate
+from .field import Targets, check_rank, check_tensor, complex_normal, l_array, manifold, simulate
 
 # %% ../../nbs/emvs/01_cpd.ipynb #1086d7a4
 if TYPE_CHECKING:
@@ -646,7 +646,7 @@ def factor_error(factors: tuple[Any, Any, Any], reference: tuple[Any, Any, Any])
     off = [f[:, cols] - g[:, rows] * a for (f, g), a in zip(unit, along, strict=True)]
     return np.array([np.sqrt(np.mean(np.sum(np.abs(x) ** 2, axis=0))) for x in off])
 
-# %% ../../nbs/emvs/01_cpd.ipynb #8b5b8bda
+# %% ../../nbs/emvs/01_cpd.ipynb #8d0e89ca
 _CASES: dict[str, tuple[int, int, int, float | None, tuple[int, int]]] = {
     # elements at each end, pulses, targets, spacing in degrees (None: random), SNR range in dB
     "easy_36": (6, 100, 3, None, (0, 20)),
@@ -654,12 +654,6 @@ _CASES: dict[str, tuple[int, int, int, float | None, tuple[int, int]]] = {
     "close": (6, 20, 2, 1.0, (40, 40)),
     "swamp": (6, 100, 3, 3.0, (40, 40)),
 }
-
-
-def _l_shape(n: int) -> np.ndarray:
-    """L-shaped array of n elements half a wavelength apart: 4 on x with the corner, the others on y."""
-    along = np.arange(n) * 0.5
-    return np.stack([np.where(np.arange(n) < 4, along, 0), np.where(np.arange(n) < 4, 0, along - 1.5), 0 * along], 1)
 
 # %% ../../nbs/emvs/01_cpd.ipynb #c3d18f7f
 def _directions(K: int, gap: float | None, rng: np.random.Generator) -> list[np.ndarray]:
@@ -669,7 +663,7 @@ def _directions(K: int, gap: float | None, rng: np.random.Generator) -> list[np.
     theta = rng.uniform(0.4, 1.0) + np.deg2rad(gap) * np.arange(K)
     return [theta, *(np.full(K, rng.uniform(a, b)) for a, b in ((0, 2 * np.pi), (0.2, 1.3), (0, 2 * np.pi)))]
 
-# %% ../../nbs/emvs/01_cpd.ipynb #11f36b55
+# %% ../../nbs/emvs/01_cpd.ipynb #d56ac6f4
 def benchmark_tensor(case: str, seed: int = 0) -> tuple[np.ndarray, int]:
     """Simulate one tensor of the comparison with the peer.
 
@@ -690,7 +684,7 @@ def benchmark_tensor(case: str, seed: int = 0) -> tuple[np.ndarray, int]:
     n, pulses, K, gap, snr = _CASES[case]
     rng = np.random.default_rng(seed)
     targets = Targets(*_directions(K, gap, rng), *_directions(K, gap, rng))
-    return simulate(targets, _l_shape(n), _l_shape(n), pulses, rng.uniform(*snr), rng=rng).tensor, K
+    return simulate(targets, l_array(0.5, n), l_array(0.5, n), pulses, rng.uniform(*snr), rng=rng).tensor, K
 
 # %% ../../nbs/emvs/01_cpd.ipynb #4eb2c217
 def _times(A: "torch.Tensor", B: "torch.Tensor") -> "torch.Tensor":
@@ -993,11 +987,11 @@ def batched_cpd(
     A, B, C = (torch.cat(f) for f in zip(*parts, strict=True))
     return A, B, C
 
-# %% ../../nbs/emvs/01_cpd.ipynb #30953afa
+# %% ../../nbs/emvs/01_cpd.ipynb #b6795910
 def _random_stack(n: int, device: str, dtype: Any, snr_db: float = 10.0, seed: int = 0) -> tuple[Any, Any]:
     """n tensors 36×36×100 of three random targets each, and their factors, on a device."""
     import torch
-    rng, tx = np.random.default_rng(seed), _l_shape(6)
+    rng, tx = np.random.default_rng(seed), l_array(0.5)
 
     def side() -> Any:
         theta, phi, gamma, eta = _directions(3 * n, None, rng)

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['check_positions', 'check_wavelength', 'check_rank', 'check_match', 'check_tensor', 'unit_vector', 'angles_from_unit',
-           'emvs_matrix', 'polarization_vector', 'emvs_response', 'poynting', 'steering', 'manifold', 'Targets',
-           'complex_normal', 'swerling', 'Observation', 'simulate', 'orthonormal_code', 'matched_filter', 'coarse_std',
-           'Recording', 'load_iq', 'save_iq', 'load_geometry']
+           'emvs_matrix', 'polarization_vector', 'emvs_response', 'poynting', 'steering', 'l_array', 'random_array',
+           'manifold', 'Targets', 'complex_normal', 'swerling', 'Observation', 'simulate', 'orthonormal_code',
+           'matched_filter', 'coarse_std', 'Recording', 'load_iq', 'save_iq', 'load_geometry']
 
-# %% ../../nbs/emvs/00_field.ipynb #31251944
+# %% ../../nbs/emvs/00_field.ipynb #c02484e0
 import csv
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,7 +63,7 @@ def check_positions(positions: ArrayLike) -> Float[np.ndarray, "M 3"]:
             raise ValueError(f"coincident elements {first} and {second} at {p[first]}")
     return p
 
-# %% ../../nbs/emvs/00_field.ipynb #7d058341
+# %% ../../nbs/emvs/00_field.ipynb #d64863e5
 def check_wavelength(wavelength: _Number) -> float:
     """Check a wavelength and return it as a float.
 
@@ -82,8 +82,8 @@ def check_wavelength(wavelength: _Number) -> float:
     ValueError
         If it is not a positive finite number.
     """
-    if not 0 < wavelength < np.inf:
-        raise ValueError(f"wavelength must be positive, got {wavelength}")
+    if not isinstance(wavelength, Real) or not 0 < wavelength < np.inf:
+        raise ValueError(f"wavelength must be positive, got {wavelength!r}")
     return float(wavelength)
 
 # %% ../../nbs/emvs/00_field.ipynb #ae0d3d0c
@@ -388,6 +388,50 @@ def steering(
     if u.ndim == 0 or u.shape[-1] != 3:
         raise ValueError(f"directions must be (..., 3), got shape {u.shape}")
     return np.exp(1j * k * (u @ p.T))
+
+# %% ../../nbs/emvs/00_field.ipynb #86bef69d
+def l_array(spacing: float | int, n: int = 6) -> Float[np.ndarray, "n 3"]:
+    """L-shaped array: up to four elements along x with the corner, the others along y.
+
+    Parameters
+    ----------
+    spacing : float
+        Distance of neighbours, length unit of the result.
+    n : int
+        Elements.
+
+    Returns
+    -------
+    ndarray, shape (n, 3), float64
+        Positions; the corner is the origin.
+    """
+    places = [[i, 0, 0] for i in range(min(n, 4))] + [[0, j, 0] for j in range(1, n - 3)]
+    return spacing * np.array(places, dtype=float)
+
+# %% ../../nbs/emvs/00_field.ipynb #8505423d
+def random_array(n: int, spacing: float | int, rng: np.random.Generator) -> Float[np.ndarray, "n 3"]:
+    """Random 3-D array whose elements keep a distance.
+
+    Parameters
+    ----------
+    n : int
+        Elements.
+    spacing : float
+        Smallest distance of two elements, length unit of the result.
+    rng : Generator
+        Source of randomness.
+
+    Returns
+    -------
+    ndarray, shape (n, 3), float64
+        Positions in a cube of edge 1.5 n^(1/3) spacing, drawn one by one until each fits.
+    """
+    places: list[np.ndarray] = []
+    while len(places) < n:
+        trial = rng.uniform(-0.75, 0.75, 3) * np.cbrt(n) * spacing
+        if all(np.linalg.norm(trial - p) >= spacing for p in places):
+            places.append(trial)
+    return np.array(places)
 
 # %% ../../nbs/emvs/00_field.ipynb #c2bd53eb
 def manifold(

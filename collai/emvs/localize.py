@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mirror', 'Fix', 'intersect_rays', 'ellipsoid', 'localize', 'simulate_coded', 'CodedEstimate', 'estimate_coded',
-           'Scene', 'scene_targets', 'example_scene', 'random_array', 'Round', 'History', 'refine_loop',
-           'refine_trials', 'rmse', 'rmse_ratio', 'measure']
+           'Scene', 'scene_targets', 'example_scene', 'Round', 'History', 'refine_loop', 'refine_trials', 'rmse',
+           'rmse_ratio', 'measure']
 
-# %% ../../nbs/emvs/05_localize.ipynb #47adc94b
+# %% ../../nbs/emvs/05_localize.ipynb #49756165
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from collai.emvs.field import (
     manifold,
     polarization_vector,
     poynting,
+    random_array,
     simulate,
     swerling,
 )
@@ -665,31 +666,6 @@ def example_scene(
         tx_pos=[0, 0, 0], rx_pos=[30, 0, 2], ris=np.stack([across, 0 * up, up], 1) + centre,
         plane=(centre, [0, -1, 0]), noise_var=3 * side**2 / 9 / 10 ** (snr_db / 10),
         wavelength=wavelength, channel=channel)
-
-# %% ../../nbs/emvs/05_localize.ipynb #10c81e43
-def random_array(n: int, spacing: float | int, rng: np.random.Generator) -> Float[np.ndarray, "n 3"]:
-    """Random 3-D array whose elements keep a distance.
-
-    Parameters
-    ----------
-    n : int
-        Elements.
-    spacing : float
-        Smallest distance of two elements, length unit of the result.
-    rng : Generator
-        Source of randomness.
-
-    Returns
-    -------
-    ndarray, shape (n, 3)
-        Positions in a cube of edge 1.5 n^(1/3) spacing, drawn one by one until each fits.
-    """
-    places: list[np.ndarray] = []
-    while len(places) < n:
-        trial = rng.uniform(-0.75, 0.75, 3) * np.cbrt(n) * spacing
-        if all(np.linalg.norm(trial - p) >= spacing for p in places):
-            places.append(trial)
-    return np.array(places)
 
 # %% ../../nbs/emvs/05_localize.ipynb #3b05f0aa
 def _warm_cpd(X: np.ndarray, A: np.ndarray, n_sweeps: int = 10) -> CPResult:

@@ -393,7 +393,7 @@ class RISSolution:
     gains: Float[np.ndarray, " K"]
     seconds: float
 
-# %% ../../nbs/emvs/04_ris.ipynb #2cc1b1eb
+# %% ../../nbs/emvs/04_ris.ipynb #c1ca9dc1
 def _check_options(n: int, weights: object, objective: str, solver: str, bits: object) -> None:
     """Refuse options of `ris_optimize` that do not exist or do not go together."""
     if objective not in ("sum", "maxmin"):
@@ -404,7 +404,7 @@ def _check_options(n: int, weights: object, objective: str, solver: str, bits: o
         raise ValueError(f"solver must be 'lowrank' or 'cvxpy', got {solver!r}")
     if solver == "cvxpy" and n > 64:
         raise ValueError(f"cvxpy reference limited to 64 elements, got {n}")
-    if bits is not None and (not isinstance(bits, Integral) or bits < 1):
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, Integral) or bits < 1):
         raise ValueError(f"bits must be >= 1 and an integer, got {bits}")
 
 

@@ -24,6 +24,7 @@ from collai.emvs.field import (
     emvs_response,
     manifold,
     polarization_vector,
+    random_array,
     simulate,
     steering,
     unit_vector,
@@ -373,3 +374,31 @@ def test_disambiguate_rejects(change, text):
 def test_helpers_reject(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_targets_that_the_decomposition_mixes_are_flagged_when_they_come_out_wrong():
+    rng, wrong = np.random.default_rng(3), 0
+    for _ in range(8):
+        x = np.array([[0.7, 0.3, 0.5, 1.0, 0.4, 0.2, 0.6, 0.5], [0.7, 0.3, 0.5, 1.0, 1.1, 2.0, 0.9, 2.5]])
+        tx, rx = random_array(5, 2.0, rng), random_array(5, 2.0, rng)
+        true = Targets.from_array(x)  # one departure and polarisation for both
+        got = estimate(simulate(true, tx, rx, 40, 10.0, rng=rng).tensor, 2, tx, rx)
+        found = got.targets.as_array()[true.match(got.targets)]
+        far = np.abs(Targets.from_array(found).unit_r() - true.unit_r()).max() > 0.05
+        wrong += far
+        if far:
+            assert all(one.ambiguous for one in (*got.unwrapped_t, *got.unwrapped_r))
+    assert wrong > 0
+
+
+def test_a_zero_tensor_has_no_target():
+    with pytest.raises(ValueError, match="tensor is zero"):
+        estimate(np.zeros((12, 12, 4)), 1, random_array(2, 1.0, np.random.default_rng(0)),
+                 random_array(2, 1.0, np.random.default_rng(1)))
+
+
+def test_information_checks_its_arrays():
+    with pytest.raises(ValueError, match="positions must be"):
+        information(np.ones((1, 8)), np.ones((3, 2)), np.eye(3), np.eye(1))
+    with pytest.raises(ValueError, match="wavelength must be positive"):
+        information(np.ones((1, 8)), np.eye(3), np.eye(3), np.eye(1), -1.0)

@@ -12,7 +12,6 @@ from collai.emvs.crb import (
     direction_crb,
     fisher_numeric,
     fixed_scene,
-    l_array,
     measure,
     monte_carlo,
     over_bound_db,
@@ -20,7 +19,7 @@ from collai.emvs.crb import (
     pooled_errors,
     position_crb,
 )
-from collai.emvs.field import Targets, coarse_std, complex_normal, simulate, unit_vector
+from collai.emvs.field import Targets, coarse_std, complex_normal, l_array, simulate, unit_vector
 
 examples = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -201,12 +200,6 @@ def test_pooled_bound_is_the_mean_of_the_diagonals():
     assert np.allclose(targets.as_array()[1, :4], np.deg2rad([20, 50, 22, 48]))
     C = np.diag(np.tile([1.0, 0, 2, 4, 0, 0, 6, 8], 3))
     assert np.allclose(pooled_bound(targets, C), [1 / 4, 20 / 4])
-
-
-def test_l_array_has_its_corner_and_spacing():
-    p = l_array(2.0)
-    assert p.shape == (6, 3) and np.array_equal(p.max(axis=0), [6, 4, 0])
-    assert np.isclose(np.linalg.norm(p[:, None] - p[None], axis=-1)[np.triu_indices(6, 1)].min(), 2)
 
 
 def test_over_bound_is_zero_at_the_bound_and_its_interval_covers():

@@ -21,6 +21,7 @@ from collai.emvs.field import (
     complex_normal,
     emvs_matrix,
     emvs_response,
+    l_array,
     load_geometry,
     load_iq,
     manifold,
@@ -28,6 +29,7 @@ from collai.emvs.field import (
     orthonormal_code,
     polarization_vector,
     poynting,
+    random_array,
     save_iq,
     simulate,
     steering,
@@ -406,3 +408,15 @@ def test_inputs_are_never_changed():
     matched_filter(received, orthonormal_code(6, 16))
     poynting(received[:6, :6, 0]), angles_from_unit(p), check_tensor(received, 1)
     assert all(np.array_equal(a, b) for a, b in zip(arrays, before, strict=True))
+
+
+def test_l_array_has_its_corner_and_spacing():
+    p = l_array(2.0)
+    assert p.shape == (6, 3) and np.array_equal(p.max(axis=0), [6, 4, 0])
+    assert np.isclose(np.linalg.norm(p[:, None] - p[None], axis=-1)[np.triu_indices(6, 1)].min(), 2)
+
+
+def test_random_arrays_keep_their_distance():
+    p = random_array(8, 0.5, np.random.default_rng(0))
+    gap = np.linalg.norm(p[:, None] - p, axis=2)[np.triu_indices(8, 1)]
+    assert p.shape == (8, 3) and gap.min() >= 0.5

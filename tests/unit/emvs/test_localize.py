@@ -13,7 +13,7 @@ from scipy.stats import chi2
 
 from collai.emvs import localize as module
 from collai.emvs.angles import estimate
-from collai.emvs.field import complex_normal, manifold, polarization_vector, simulate
+from collai.emvs.field import complex_normal, manifold, polarization_vector, random_array, simulate
 from collai.emvs.localize import (
     Scene,
     ellipsoid,
@@ -23,7 +23,6 @@ from collai.emvs.localize import (
     localize,
     measure,
     mirror,
-    random_array,
     refine_loop,
     refine_trials,
     rmse,
@@ -396,12 +395,6 @@ def test_own_codes_are_used_in_the_first_round():
 
 
 # studies
-
-
-def test_random_arrays_keep_their_distance():
-    p = random_array(8, 0.5, np.random.default_rng(0))
-    gap = np.linalg.norm(p[:, None] - p, axis=2)[np.triu_indices(8, 1)]
-    assert p.shape == (8, 3) and gap.min() >= 0.5
 
 
 def test_trials_are_paired_and_start_alike_or_afresh():
