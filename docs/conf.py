@@ -27,6 +27,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx
 exclude_patterns = ["**/.ipynb_checkpoints"]
 
 nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"  # tables in outputs
 suppress_warnings = ["mystnb.unknown_mime_type"]  # claim rows: the table beside them is shown
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3

@@ -1030,12 +1030,13 @@ def _estimate_batch(torch, X, rank, ends, constants, n_refine):
     params = torch.cat([_angles_batch(torch, *state[:2]), _angles_batch(torch, *state[2:])], -1)
     return params, *doubts, left / max(size - rank * (X.shape[3] + 4), 1)
 
-# %% ../../nbs/emvs/02_unwrap.ipynb #7742f18d
+# %% ../../nbs/emvs/02_unwrap.ipynb #1a46cbd3
 def _check_batch(X, rank, tx, rx):
     """Reject a batch that cannot be estimated; return the rank."""
-    if X.ndim != 4 or not X.is_complex() or X.real.dtype.itemsize < 4:
-        raise ValueError("tensor must be 3-D (6M, 6N, L) in a complex batch (Z, 6M, 6N, L), got "
-                         f"{X.dtype} of shape {tuple(X.shape)}")
+    import torch
+    if not isinstance(X, torch.Tensor) or X.ndim != 4 or X.dtype not in (torch.complex64, torch.complex128):
+        raise ValueError("tensor must be 3-D (6M, 6N, L) in a complex torch batch (Z, 6M, 6N, L), got "
+                         f"{type(X).__name__} of {getattr(X, 'dtype', None)} and shape {np.shape(X)}")
     check_match(tuple(X.shape[1:]), tx, rx)
     return check_rank(rank, tuple(X.shape[1:]))
 

@@ -948,7 +948,7 @@ def _batched_chunk(X: "torch.Tensor", k: int, n_iter: int) -> tuple[Any, Any, An
     order = C.norm(dim=1).argsort(dim=1, descending=True, stable=True)[:, None, :]
     return A.take_along_dim(order, 2), B.take_along_dim(order, 2), C.take_along_dim(order, 2)
 
-# %% ../../nbs/emvs/01_cpd.ipynb #66d6acd9
+# %% ../../nbs/emvs/01_cpd.ipynb #9f2d60a6
 def batched_cpd(
     X: "torch.Tensor", rank: int | np.integer, n_iter: int = 20
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
@@ -977,8 +977,8 @@ def batched_cpd(
         If the stack is not 4-D or not complex, or no unique split into `rank` targets exists.
     """
     import torch
-    if X.ndim != 4 or X.numel() == 0:
-        raise ValueError(f"tensor must be 3-D (6M, 6N, L), in a stack (Z, 6M, 6N, L); got {tuple(X.shape)}")
+    if not isinstance(X, torch.Tensor) or X.ndim != 4 or X.numel() == 0:
+        raise ValueError(f"tensor must be 3-D (6M, 6N, L), in a torch stack (Z, 6M, 6N, L); got {type(X).__name__} {np.shape(X)}")
     if X.dtype not in (torch.complex64, torch.complex128):
         raise ValueError(f"tensor must be complex64 or complex128, got {X.dtype}")
     rank = check_rank(rank, tuple(X.shape[1:]))

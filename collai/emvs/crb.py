@@ -25,12 +25,14 @@ from collai.emvs.field import (
     simulate,
 )
 
-# %% ../../nbs/emvs/03_crb.ipynb #1af41282
+# %% ../../nbs/emvs/03_crb.ipynb #fce8ff88
 def _check_pulses(s: ArrayLike, n_targets: int) -> np.ndarray:
     """Return the coefficients (L, K) as complex128; raise for any other shape."""
     out = np.asarray(s, dtype=complex)
     if out.ndim != 2 or out.shape[1] != n_targets or len(out) == 0:
         raise ValueError(f"s must be (L, {n_targets}), got shape {out.shape}")
+    if not np.isfinite(out).all():
+        raise ValueError(f"s must be (L, {n_targets}) and finite")
     return out
 
 # %% ../../nbs/emvs/03_crb.ipynb #69c9c57e

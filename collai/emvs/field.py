@@ -31,7 +31,7 @@ _Int = int | np.integer
 _Number = float | int
 _Angle = ArrayLike | float | int
 
-# %% ../../nbs/emvs/00_field.ipynb #a373285a
+# %% ../../nbs/emvs/00_field.ipynb #6f04df22
 def check_positions(positions: ArrayLike) -> Float[np.ndarray, "M 3"]:
     """Check element positions and return them as a float64 array.
 
@@ -50,7 +50,10 @@ def check_positions(positions: ArrayLike) -> Float[np.ndarray, "M 3"]:
     ValueError
         If the shape is wrong, a coordinate is not finite, or two elements coincide.
     """
-    p = np.asarray(positions, dtype=float)
+    p = np.asarray(positions)
+    if np.iscomplexobj(p):
+        raise ValueError("positions must be (M, 3) and real, got complex numbers")
+    p = p.astype(float)
     if p.ndim != 2 or p.shape[1] != 3 or len(p) == 0:
         raise ValueError(f"positions must be (M, 3), got shape {p.shape}")
     if not np.isfinite(p).all():
@@ -119,7 +122,7 @@ def check_rank(rank: _Int, shape: tuple[int, ...] | None = None) -> int:
                              f"{2 * rank + 2}, shape {tuple(shape)} gives {count}")
     return int(rank)
 
-# %% ../../nbs/emvs/00_field.ipynb #83ce493a
+# %% ../../nbs/emvs/00_field.ipynb #60d2219d
 def check_match(shape: tuple[int, ...], tx: ArrayLike, rx: ArrayLike) -> None:
     """Check that the first two sizes of a tensor fit the two arrays.
 
@@ -140,7 +143,7 @@ def check_match(shape: tuple[int, ...], tx: ArrayLike, rx: ArrayLike) -> None:
     ValueError
         If a size differs from six times the number of elements.
     """
-    want = tuple(6 * n for p in (tx, rx) for n in np.shape(p)[:1])
+    want = tuple(6 * len(p) for p in map(np.asarray, (tx, rx)) if p.ndim == 2)  # others: see check_positions
     if tuple(shape[:2]) != want and len(want) == 2:
         raise ValueError(f"tensor shape {tuple(shape)} does not match {want[0] // 6} transmit and "
                          f"{want[1] // 6} receive elements, expected {(*want, 'L')}")
@@ -357,11 +360,11 @@ def poynting(b: ArrayLike) -> Float[np.ndarray, "*batch 3"]:
         raise ValueError("power flow is zero: no direction")
     return flow / length
 
-# %% ../../nbs/emvs/00_field.ipynb #028e9f25
+# %% ../../nbs/emvs/00_field.ipynb #12272b1a
 def steering(
     positions: ArrayLike, u: ArrayLike, wavelength: _Number = 1.0
 ) -> Complex[np.ndarray, "*batch M"]:
-    """Phases of a plane wave at the elements: a_m = exp(j 2 pi r_m . u / wavelength).
+    """Phases of a plane wave at the elements: exp(j 2 pi / wavelength * positions @ u).
 
     Parameters
     ----------
@@ -699,7 +702,7 @@ class Observation:
     Ct: Complex[np.ndarray, "I K"]
     Cr: Complex[np.ndarray, "J K"]
 
-# %% ../../nbs/emvs/00_field.ipynb #3674f076
+# %% ../../nbs/emvs/00_field.ipynb #8f61f2a5
 def _coefficients(
     n_pulses: _Int,
     n_targets: _Int,
@@ -712,6 +715,8 @@ def _coefficients(
     out = swerling(L, n_targets, rng=rng) if s is None else np.asarray(s, dtype=complex)
     if out.shape != (L, n_targets):
         raise ValueError(f"s must be ({L}, {n_targets}), got shape {out.shape}")
+    if not np.isfinite(out).all():
+        raise ValueError("s must be finite")
     g = np.ones(n_targets) if gains is None else np.asarray(gains)
     if g.shape != (n_targets,):
         raise ValueError(f"gains must be ({n_targets},), got shape {g.shape}")

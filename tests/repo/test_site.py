@@ -82,3 +82,8 @@ def test_the_browser_shows_the_page(address, browser, name):
     assert not broken, f"pictures that do not show: {broken}"
     page.close()
     assert not trouble, f"{name}: {trouble}"
+
+
+def test_the_map_shows_its_tables(site):
+    page = (site / "nbs" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<table") == 3, "papers, shared chains, how to use: a table of the map is shown as running text"

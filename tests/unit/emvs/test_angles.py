@@ -402,3 +402,8 @@ def test_information_checks_its_arrays():
         information(np.ones((1, 8)), np.ones((3, 2)), np.eye(3), np.eye(1))
     with pytest.raises(ValueError, match="wavelength must be positive"):
         information(np.ones((1, 8)), np.eye(3), np.eye(3), np.eye(1), -1.0)
+
+
+def test_a_numpy_batch_is_refused():
+    with pytest.raises(ValueError, match="tensor must be 3-D"):
+        angles.batched_estimate(np.zeros((2, 12, 12, 4), complex), 1, np.eye(3)[:2], np.eye(3)[:2])

@@ -286,6 +286,8 @@ def test_batches_without_a_pencil_start_at_random():
 
 def test_bad_stacks_are_refused():
     with pytest.raises(ValueError, match="tensor must be 3-D"):
+        batched_cpd(np.zeros((2, 3, 3, 3), complex), 1)
+    with pytest.raises(ValueError, match="tensor must be 3-D"):
         batched_cpd(torch.zeros(3, 3, 3, dtype=torch.complex64), 1)
     with pytest.raises(ValueError, match="tensor must be complex64 or complex128"):
         batched_cpd(torch.zeros(2, 3, 3, 3), 1)

@@ -420,3 +420,15 @@ def test_random_arrays_keep_their_distance():
     p = random_array(8, 0.5, np.random.default_rng(0))
     gap = np.linalg.norm(p[:, None] - p, axis=2)[np.triu_indices(8, 1)]
     assert p.shape == (8, 3) and gap.min() >= 0.5
+
+
+def test_complex_and_flat_positions_are_refused():
+    with pytest.raises(ValueError, match=r"positions must be \(M, 3\) and real"):
+        check_positions(1j * np.eye(3))
+    check_match((6, 6, 2), np.zeros(3), np.zeros((1, 3)))  # left to check_positions, which says what is wrong
+
+
+def test_pulses_that_are_not_finite_are_refused():
+    targets = Targets.from_array(np.full((1, 8), 0.5))
+    with pytest.raises(ValueError, match="s must be finite"):
+        simulate(targets, np.eye(3), np.eye(3), 2, s=[[np.nan], [1.0]])
