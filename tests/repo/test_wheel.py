@@ -66,4 +66,5 @@ def test_the_readme_has_an_example():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_the_readme_examples_run(installed, tmp_path, example):
-    run([installed / "bin" / "python", "-c", example], cwd=tmp_path, env=environment(installed))
+    said = run([installed / "bin" / "python", "-c", example], cwd=tmp_path, env=environment(installed))
+    assert said.strip() and "nan" not in said, f"the example prints {said!r}"
