@@ -230,7 +230,7 @@ class _Plan:
         """All (number of the scorer, allocator, ratio), in the order of the batch rows."""
         return list(product(range(len(self.scorers)), self.allocators, self.ratios))
 
-# %% ../../nbs/lukv/07_bench.ipynb #c55d607d
+# %% ../../nbs/lukv/07_bench.ipynb #ee9eb45e
 def _oracle_budgets(utility: Float[Tensor, "L Hkv T"], forced: Float[Tensor, "L Hkv T"], floor: int,
                     ratios: Sequence[float]) -> Int64[np.ndarray, "ratios L Hkv"]:
     """Optimal budgets for the prompt's own future, in the scorer's order."""
@@ -239,9 +239,9 @@ def _oracle_budgets(utility: Float[Tensor, "L Hkv T"], forced: Float[Tensor, "L 
     return allocate(ranked, totals, floor=floor).budgets.reshape(-1, *utility.shape[:2])
 
 
-def _budgets(plan: _Plan, scores: Float32[Tensor, "S L Hkv T"], utility: Float[Tensor, "L Hkv T"],
+def _budgets(plan: _Plan, scores: Float32[Tensor, "S L Hkv T"], utility: Float[Tensor, "L Hkv T"], full: list[int],
              ) -> Iterator[Int64[np.ndarray, "L Hkv"]]:
-    """Kept entries of all heads, for every setting of the plan in turn."""
+    """Kept entries of all heads of the full-attention layers, for every setting of the plan in turn."""
     L, Hkv, T = utility.shape
     for scorer, raw in zip(plan.scorers, scores, strict=True):
         for allocator in plan.allocators:
@@ -254,7 +254,8 @@ def _budgets(plan: _Plan, scores: Float32[Tensor, "S L Hkv T"], utility: Float[T
                     yield baseline_budgets(kind, raw.cpu().numpy(), L, Hkv, T, ratio)
             else:
                 for ratio in plan.ratios:
-                    yield plan.curves[allocator][scorer.name].budgets(T, ratio)
+                    table = plan.curves[allocator][scorer.name].budgets(T, ratio)
+                    yield table if len(table) == L else table[full]
 
 # %% ../../nbs/lukv/07_bench.ipynb #323c811e
 def _read(model: Any, ids: Int64[Tensor, "1 T"], scorers: Sequence[Scorer],
@@ -326,7 +327,7 @@ def _own_future(model: Any, cache: RaggedCache, asked: Int64[Tensor, "1 n"], new
             model(asked.new_tensor([tokens]), past_key_values=cache, use_cache=True)
         return tokens, recorder.result()[full_layers(model)]
 
-# %% ../../nbs/lukv/07_bench.ipynb #c912f651
+# %% ../../nbs/lukv/07_bench.ipynb #6f795acd
 def _record_rows(model: Any, tokenizer: Any, plan: _Plan, record: Mapping[str, Any], max_new_tokens: int | None,
                  ) -> list[dict[str, Any]]:
     """All rows of one record: one prefill, the full cache's answer, then every setting as a row of one batch."""
@@ -336,7 +337,7 @@ def _record_rows(model: Any, tokenizer: Any, plan: _Plan, record: Mapping[str, A
     settings = plan.settings()
     cache, scores = _read(model, seen, plan.scorers)
     full, utility = _own_future(model, _twin(cache), asked, n, ends)
-    budgets = np.stack(list(_budgets(plan, scores, utility)))
+    budgets = np.stack(list(_budgets(plan, scores, utility, full_layers(model))))
     forced = torch.stack([force_protected(raw, s.sink, s.window) for s, raw in zip(plan.scorers, scores, strict=True)])
     with Compressor(model, plan.scorers[0], ratio=0.0):
         _spread(cache, forced, [s for s, _, _ in settings], budgets)
@@ -351,7 +352,7 @@ def _record_rows(model: Any, tokenizer: Any, plan: _Plan, record: Mapping[str, A
                      "ratio": ratio, "budgets": allocator, "kept": b, "scorer": name})
     return rows
 
-# %% ../../nbs/lukv/07_bench.ipynb #bfbdd2da
+# %% ../../nbs/lukv/07_bench.ipynb #27bd0656
 def _head(model: Any, plan: _Plan, rest: Mapping[str, Any]) -> str:
     """First line of a file of finished records: what must agree when a run goes on."""
     curves = {name: {s: hashlib.sha256(c.ratios.tobytes()).hexdigest()[:16] for s, c in each.items()}
@@ -364,14 +365,14 @@ def _head(model: Any, plan: _Plan, rest: Mapping[str, Any]) -> str:
 
 def _open(path: Path, head: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Rows of finished records by task and index; starts a missing file, drops a last line that a kill cut off."""
-    if not path.is_file() or "\n" not in path.read_text(encoding="utf-8"):
+    if not path.is_file() or b"\n" not in path.read_bytes():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + "\n", encoding="utf-8")
-    first, *lines, cut = path.read_text(encoding="utf-8").split("\n")
-    if first != head:
-        raise ValueError(f"{path.name} belongs to another grid: {first[:200]}")
+        path.write_bytes(head.encode() + b"\n")
+    first, *lines, cut = path.read_bytes().split(b"\n")
+    if first != head.encode():
+        raise ValueError(f"{path.name} belongs to another grid: {first[:200]!r}")
     if cut:
-        os.truncate(path, path.stat().st_size - len(cut.encode()))
+        os.truncate(path, path.stat().st_size - len(cut))
     done = [json.loads(line) for line in lines]
     return {(rows[0]["task"], rows[0]["index"]): rows for rows in done}
 
@@ -530,39 +531,48 @@ def _won(tasks: list[str], table: _Table, scorer: str) -> list[str]:
     ends = {a: _interval(points.T) for a, points in both.items()}
     return [t for i, t in enumerate(tasks) if ends["lukv"][1][i] > max(ends["uniform"][2][i], ends["adakv"][2][i])]
 
-# %% ../../nbs/lukv/07_bench.ipynb #c1e86c06
-def verdicts(rows: Sequence[Mapping[str, Any]], keep: float = 0.97) -> list[dict[str, Any]]:
+# %% ../../nbs/lukv/07_bench.ipynb #6bc43b84
+def _kept(tasks: list[str], table: _Table, scorer: str, keep: float = 0.97) -> list[dict[str, Any]]:
+    """Share of the full cache's score at 80 %, and the largest ratio that keeps `keep` of it, with intervals."""
+    ratios = sorted({ratio for _, _, ratio in table})
+    full, mean = table["none", "full", 0.0].mean(axis=0), _against_ratio(tasks, table, scorer, "lukv", ratios)["mean"]
+    draws = resample_counts(len(full), 2_000).astype(float)
+    share, drawn = mean.mean(axis=0) / full.mean(), draws @ mean / (draws @ full)[:, None]
+    at, ends = ratios.index(0.8), [0.025, 0.975]
+    saved, saves = _largest_ratio(share, ratios, keep), _largest_ratio(drawn, ratios, keep)
+    return [{"name": f"bench_kept_{scorer}", "unit": "fraction of the full-cache score", "measured": float(share[at]),
+             "ci": np.quantile(drawn[:, at], ends).tolist()},
+            {"name": f"bench_saved_{scorer}", "unit": "fraction", "measured": float(saved),
+             "ci": np.quantile(saves, ends).tolist()}]
+
+# %% ../../nbs/lukv/07_bench.ipynb #d19f7cd3
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Work out what the card asks, for every scorer.
 
     Parameters
     ----------
     rows : sequence of dict
         Rows of `grid` with allocators "uniform", "adakv", "lukv" and "oracle" at 80 and 90 %.
-    keep : float
-        Share of the full cache's score that counts as kept.
 
     Returns
     -------
     list of dict
         For each scorer: ``bench_kept_*``, score at 80 % over that of the full cache; ``bench_saved_*``, largest ratio
-        that keeps `keep` of it; ``bench_won_*``, tasks whose mean of 80 and 90 % has an interval above uniform's and
+        that keeps 97 % of it; ``bench_won_*``, tasks whose mean of 80 and 90 % has an interval above uniform's and
         AdaKV's; ``bench_regret_*``, points at 80 % below the oracle's budgets. ``ci``: bootstrap over records.
+
+    Raises
+    ------
+    ValueError
+        If the full cache scores 0 throughout.
     """
-    tasks, table = _table(rows)
-    ratios = sorted({ratio for _, _, ratio in table})
-    full = table["none", "full", 0.0].mean(axis=0)
-    draws, found = resample_counts(len(full), 2_000).astype(float), []
-    ends = [0.025, 0.975]
+    (tasks, table), found = _table(rows), []
+    if not table["none", "full", 0.0].any():
+        raise ValueError("the full cache scores 0 in every record: no share of it can be kept")
     for scorer in dict.fromkeys(s for s, a, _ in table if a == "lukv"):
-        mean = _against_ratio(tasks, table, scorer, "lukv", ratios)["mean"]
-        share, drawn = mean.mean(axis=0) / full.mean(), draws @ mean / (draws @ full)[:, None]
-        at, won = ratios.index(0.8), _won(tasks, table, scorer)
+        won = _won(tasks, table, scorer)
         regret = bootstrap_mean((table[scorer, "oracle", 0.8] - table[scorer, "lukv", 0.8]).mean(axis=0))
-        saved, saves = _largest_ratio(share, ratios, keep), _largest_ratio(drawn, ratios, keep)
-        found += [{"name": f"bench_kept_{scorer}", "unit": "fraction of the full-cache score",
-                   "measured": float(share[at]), "ci": np.quantile(drawn[:, at], ends).tolist()},
-                  {"name": f"bench_saved_{scorer}", "unit": "fraction", "measured": float(saved),
-                   "ci": np.quantile(saves, ends).tolist()},
+        found += [*_kept(tasks, table, scorer),
                   {"name": f"bench_won_{scorer}", "unit": "tasks", "measured": len(won), "tasks": won},
                   {"name": f"bench_regret_{scorer}", "unit": "points", "measured": regret[0], "ci": list(regret[1:])}]
     return found
@@ -594,20 +604,29 @@ def calibration_pairs(tokenizer: Any, tasks: Sequence[str], *, n: int, max_seq_l
     records = [record for task in tasks for record in ruler_task(task, tokenizer, max_seq_length, n, seed)]
     return [_parts(record)[1:] for record in records]
 
-# %% ../../nbs/lukv/07_bench.ipynb #04b07ddb
-def _profiles(model: Any, tokenizer: Any, scorers: Sequence[Scorer], n: int, max_seq_length: int, cache: Path | None,
-              ) -> dict[str, dict[str, BudgetCurve]]:
-    """Curves of every scorer: "lukv", and what the ablations put in its place."""
+# %% ../../nbs/lukv/07_bench.ipynb #6df8fa2f
+def _curves_of(model: Any, tokenizer: Any, n: int, max_seq_length: int, cache: Path | None, new_tokens: int,
+               scorer: Scorer) -> dict[str, BudgetCurve]:
+    """Curves of one scorer: "lukv", and what the ablations put in its place."""
     own, other = (calibration_pairs(tokenizer, t, n=n, max_seq_length=max_seq_length) for t in (TASKS, OTHER_TASKS))
     kinds: dict[str, tuple[list[tuple[str, str]], dict[str, Any]]] = {
         "lukv": (own, {}), "mean_loss": (own, {"aggregate": "mean_loss"}), "equal_layers": (own, {"layerwise": False}),
         "other_tasks": (other, {})}
-    curves = {name: {s.name: profile_model(model, tokenizer, pairs, s, cache=cache, **options) for s in scorers}
-              for name, (pairs, options) in kinds.items()}
-    turned = {s.name: curves["lukv"][t.name] for s, t in zip(scorers, [*scorers[1:], scorers[0]], strict=True)}
+    return {name: profile_model(model, tokenizer, pairs, scorer, new_tokens=new_tokens, cache=cache, **options)
+            for name, (pairs, options) in kinds.items()}
+
+
+def _profiles(model: Any, tokenizer: Any, n: int, max_seq_length: int, cache: Path | None, new_tokens: int,
+              workers: int | None) -> dict[str, dict[str, BudgetCurve]]:
+    """Curves of all scorers by allocator and scorer; "other_scorer" takes the next scorer's."""
+    make = partial(_curves_of, model, tokenizer, n, max_seq_length, cache, new_tokens)
+    names = [s.name for s in SCORERS]
+    made = dict(zip(names, pmap(make, SCORERS, workers=workers, desc="profiles"), strict=True))
+    curves = {allocator: {name: made[name][allocator] for name in names} for allocator in made[names[0]]}
+    turned = {name: curves["lukv"][names[(k + 1) % len(names)]] for k, name in enumerate(names)}
     return {**curves, "other_scorer": turned}
 
-
+# %% ../../nbs/lukv/07_bench.ipynb #f96d5a22
 def _ablations(rows: Sequence[Mapping[str, Any]], changed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Paired differences in points between changed profiles and "lukv" on the same records, mean of all tasks."""
     (_, table), (_, ours), found = _table(changed), _table(rows), []
@@ -618,22 +637,31 @@ def _ablations(rows: Sequence[Mapping[str, Any]], changed: Sequence[Mapping[str,
                           "ratio": ratio, "n": points.shape[1]})
     return found
 
-# %% ../../nbs/lukv/07_bench.ipynb #673ede78
+# %% ../../nbs/lukv/07_bench.ipynb #8402c9c6
 def _study(model: Any, tokenizer: Any, folder: Path, workers: int | None, n: int = 100, n_changed: int = 40,
-           pairs: int = 4, max_seq_length: int = 1024, max_new_tokens: int | None = None) -> list[dict[str, Any]]:
+           n_choice: int = 10, pairs: int = 4, max_seq_length: int = 1024, max_new_tokens: int | None = None,
+           ) -> list[dict[str, Any]]:
     """Rows of the whole study; what is finished is kept in the folder."""
-    curves = _profiles(model, tokenizer, SCORERS, pairs, max_seq_length, folder / "profile")
-    plans = [_Plan(SCORERS, ALLOCATORS, (0.5, 0.8, 0.9, 0.95), curves),
-             _Plan(SCORERS, tuple(name for name in curves if name != "lukv"), (0.8,), curves)]
-    both = []
-    for plan, records in zip(plans, (n, n_changed), strict=True):
-        size: dict[str, Any] = {"n": records, "max_seq_length": max_seq_length, "seed": 0,
+    curves = _profiles(model, tokenizer, pairs, max_seq_length, folder / "profile", max_new_tokens or 64, workers)
+    changed, found = tuple(name for name in curves if name != "lukv"), []
+    for allocators, ratios, records, seed in ((("lukv",), (0.8,), n_choice, 20_000), (changed, (0.8,), n_changed, 0),
+                                              (ALLOCATORS, (0.5, 0.8, 0.9, 0.95), n, 0)):
+        plan = _Plan(SCORERS, allocators, ratios, curves)
+        size: dict[str, Any] = {"n": records, "max_seq_length": max_seq_length, "seed": seed,
                                 "max_new_tokens": max_new_tokens}
         key = hashlib.sha256(_head(model, plan, size).encode()).hexdigest()[:12]
-        both.append(_grid_rows(model, tokenizer, TASKS, plan, path=folder / f"{key}.jsonl", workers=workers, **size))
-    return [*summary(both[0]), *verdicts(both[0]), *_ablations(*both)]
+        found.append(_grid_rows(model, tokenizer, TASKS, plan, path=folder / f"{key}.jsonl", workers=workers, **size))
+    return [*_choice(found[0]), *_ablations(found[2], found[1]), *summary(found[2]), *verdicts(found[2])]
 
 
+def _choice(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Score of "lukv" with each scorer on records that are neither profile nor test: the best one is the card's."""
+    means = {scorer: points for (scorer, allocator, _), points in _table(rows)[1].items() if allocator == "lukv"}
+    best = max(means, key=lambda scorer: float(means[scorer].mean()))
+    return [{"name": f"bench_choice_{scorer}", "unit": "points", "measured": float(points.mean()), "n": points.size,
+             "chosen": scorer == best} for scorer, points in means.items()]
+
+# %% ../../nbs/lukv/07_bench.ipynb #62a29ff9
 def measure(device: str) -> list[dict[str, Any]]:
     """Run the full grid with the shipped model: seven tasks of 1 k tokens, three scorers, five allocators, five ratios.
 

@@ -425,6 +425,12 @@ def test_rounding_by_layer_drifts_and_ignores_total_and_floor():
     assert round_budgets(np.array([[1.0, 1.0, 0.0]]), 5, rounding="kvpress").tolist() == [[1, 1, 5]]
 
 
+def test_rounding_by_layer_counts_in_float32():
+    r = np.array([[0.03, 0.73]])  # 824.5 and 229.5 entries: float32 decides who gets the last one
+    assert ((np.float32(1) - r.astype(np.float32)) * np.float32(850) % 1).argmax() == 0
+    assert round_budgets(r, 850, rounding="kvpress").tolist() == [[825, 229]]
+
+
 # --- baselines -----------------------------------------------------------------------------------
 
 def test_adakv_keeps_the_best_of_a_layer_and_protects_every_head():

@@ -110,6 +110,7 @@ def test_whole_percents_are_the_rows_themselves():
     curve = curve_of(SPREAD)
     assert all(np.array_equal(curve.at(p / 100), curve.ratios[p - 1]) for p in range(1, 100))
     assert np.allclose(curve.at(0.875), (curve.ratios[86] + curve.ratios[87]) / 2) and np.all(curve.at(0.0) == 0)
+    assert np.allclose(curve.at(0.995), (curve.ratios[98] + 1) / 2, atol=1e-12) and np.allclose(curve.at(0.004), 0.4 * curve.ratios[0])
 
 
 @given(T=st.integers(1, 3000), ratio=st.floats(0, 0.999), sink=st.integers(0, 6), window=st.integers(0, 40))
