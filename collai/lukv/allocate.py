@@ -503,11 +503,11 @@ def _options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} must be in [{low}, {high}], got {options[name]}")
     return options
 
-# %% ../../nbs/lukv/01_allocate.ipynb #82c29eee
+# %% ../../nbs/lukv/01_allocate.ipynb #5fe20a87
 def baseline_budgets(kind: Literal["uniform", "adakv", "pyramid"], scores: Real[np.ndarray, "L Hkv T"] | None,
                      L: SupportsIndex, Hkv: SupportsIndex, T: SupportsIndex, ratio: float | int,
                      **kw: float | int) -> Int64[np.ndarray, "L Hkv"]:
-    """Budgets by the rules that LU-KV is compared with; counts agree with kvpress 0.5.5.
+    """Budgets by the rules that LU-KV is compared with; counts agree with kvpress 0.5.5, with at least one safe entry.
 
     Parameters
     ----------

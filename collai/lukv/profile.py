@@ -564,10 +564,10 @@ def _utilities(model: Any, pairs: Sequence[tuple[Tensor, Tensor]], scorer: Any, 
             _write(path, partial(np.save, arr=_utility(model, pair, scorer, how)))
         yield np.load(path, allow_pickle=False)
 
-# %% ../../nbs/lukv/06_profile.ipynb #65b67cc2
+# %% ../../nbs/lukv/06_profile.ipynb #a5a9d4d4
 def profile_model(model: Any, tokenizer: Any, pairs_or_jsonl: str | Path | Iterable[tuple[str, str]], scorer: Any, *,
                   new_tokens: int = 64, aggregate: str = "mean_budget", do_sample: bool = False, temperature: float = 0.7,
-                  seed: int = 0, layerwise: bool = True, cache: str | Path | None = None) -> BudgetCurve:
+                  seed: int = 0, layerwise: bool = True, cache: str | Path | None = None, **reduce_opts: Any) -> BudgetCurve:
     """Make the budget curve of a model and a scorer from calibration texts.
 
     Parameters
@@ -578,8 +578,8 @@ def profile_model(model: Any, tokenizer: Any, pairs_or_jsonl: str | Path | Itera
         Pairs of context, and question with answer prefix; or a file for `read_calibration`.
     scorer : Scorer
         The scorer that the curve will be used with.
-    new_tokens, do_sample, temperature, seed
-        Continuation, see `pair_utility`.
+    new_tokens, do_sample, temperature, seed, **reduce_opts
+        Continuation and utility, see `pair_utility`.
     aggregate : {"mean_budget", "mean_loss"}
         Average the pairs' budgets, or their losses (theorem 5).
     layerwise : bool
@@ -597,7 +597,7 @@ def profile_model(model: Any, tokenizer: Any, pairs_or_jsonl: str | Path | Itera
     ValueError
         On an unknown aggregate, bad pairs or settings, or a context too short for the scorer.
     """
-    how = _Horizon(new_tokens, do_sample, temperature, seed)
+    how = _Horizon(new_tokens, do_sample, temperature, seed, **reduce_opts)
     _check_aggregate(aggregate)
     texts = [_pair_ids(tokenizer, pair, model.device) for pair in _pairs(pairs_or_jsonl)]
     lengths, solve = [c.shape[1] for c, _ in texts], _protection(scorer) | {"layerwise": layerwise}

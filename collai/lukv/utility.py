@@ -399,10 +399,10 @@ def fidelity(u: Real[Tensor, "*H T"], s: Real[Tensor, "*H T"]) -> Float64[Tensor
     flat = best[..., :1] == best[..., -1:]
     return torch.where(flat.all(-1), 1.0, 1 - gap / room)
 
-# %% ../../nbs/lukv/00_oracle.ipynb #e4403d37
+# %% ../../nbs/lukv/00_oracle.ipynb #3feb4249
 def perturbation_bound(a: Float[Tensor, " T"], values: Float[Tensor, "T D"], w_o: Float[Tensor, "E D"],
                        keep: Bool[Tensor, " T"]) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-    """Change of one query head's output in one step when entries are evicted, and its bound (lukv.0.10).
+    """Change of one query head's output in one step when entries are evicted, and its bound (lukv.0.8).
 
     Parameters
     ----------

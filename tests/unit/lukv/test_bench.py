@@ -176,14 +176,14 @@ def test_an_interrupt_keeps_the_finished_rows_and_says_how_to_go_on(model, monke
 @pytest.mark.parametrize("kind", MODELS)
 def test_rows_of_a_grid_are_those_of_separate_runs(kind):
     model, scorers = model_of(kind), [KeyDiff(), SnapKV(window=8, kernel=3)]
-    curves = {"lukv": dict.fromkeys(("KeyDiff", "SnapKV"), flat())}
+    curves = dict.fromkeys(("lukv", "lukv_loss"), dict.fromkeys(("KeyDiff", "SnapKV"), flat()))
     size = {"n": 1, "max_seq_length": 260, "seed": 5}
     rows = grid(model, Words(), ["vt"], scorers=scorers, ratios=(0.5, 0.8), curves=curves, max_new_tokens=5, **size)
     record = {"task": "vt"} | ruler_task("vt", Words(), 260, 1, 5)[0]
-    assert len(rows) == 1 + 2 * 5 * 2 and rows.pred.nunique() > 4
+    assert len(rows) == 1 + 2 * 6 * 2 and rows.pred.nunique() > 4
     for row in rows[rows.budgets != "oracle"].itertuples():
         scorer = {s.name: s for s in scorers}.get(row.scorer)
-        budgets = flat() if row.budgets == "lukv" else row.budgets
+        budgets = flat() if row.budgets in bench.OURS else row.budgets
         alone = None if scorer is None else Compressor(model, scorer, ratio=row.ratio, budgets=budgets)
         found = evaluate(model, Words(), [record], alone, max_new_tokens=5).iloc[0]
         assert (found.pred, found.kept, found.score) == (row.pred, row.kept, row.score), row
@@ -246,7 +246,7 @@ def test_rows_that_ended_leave_the_batch_and_change_nothing_for_the_others(model
 
 def test_an_answer_that_ends_at_once_still_has_a_future(model):
     cache, _ = bench._read(model, bench._ids(Words(), "a b c d e f g h " * 6, "cpu"), [KeyDiff(sink=2)])
-    tokens, utility = bench._own_future(model, cache, bench._ids(Words(), "what", "cpu"), 9, list(range(256)))
+    tokens, utility = bench._own_future(model, cache, bench._ids(Words(), "what is it", "cpu"), 9, list(range(256)))
     assert len(tokens) == 1 and utility.shape == (3, 2, 48) and float(utility.min()) >= 0 < float(utility.max())
 
 
@@ -356,7 +356,7 @@ def mean_of(rows, task, *setting):
 def test_the_summary_holds_means_intervals_and_paired_gains_of_every_task():
     rows = scores()
     found = {row["name"]: row for row in summary(rows)}
-    assert len(found) == 4 * 4 + 3 * 4
+    assert len(found) == 4 * 4 + 3
     for allocator in ("uniform", "adakv", "lukv", "oracle"):
         for task, tasks in (*zip("xyz", "xyz", strict=True), ("mean", "xyz")):
             row = found[f"bench_S_{allocator}_{task}"]
@@ -364,8 +364,9 @@ def test_the_summary_holds_means_intervals_and_paired_gains_of_every_task():
             assert np.allclose(row["score"], expected, atol=1e-3) and row["measured"] == row["score"][1]
             assert all(lo <= m <= hi for lo, m, hi in zip(row["lo"], row["score"], row["hi"], strict=True))
             assert row["ratios"] == [0.0, 0.8, 0.9] and row["n"] == 60
-    gain = found["bench_gain_S_uniform_z"]
-    assert gain["score"][0] == 0 and gain["measured"] == pytest.approx(mean_of(rows, "z", "S", "lukv", 0.8) - mean_of(rows, "z", "S", "uniform", 0.8), abs=1e-3)
+    gain = found["bench_gain_S_lukv_uniform"]
+    ours, other = (mean_of(rows, "xyz", "S", allocator, 0.8) for allocator in ("lukv", "uniform"))
+    assert gain["score"][0] == 0 and gain["measured"] == pytest.approx(ours - other, abs=1e-3)
     json.dumps(list(found.values()))
 
 
@@ -385,15 +386,15 @@ def test_the_verdicts_answer_the_four_questions():
     rows = scores()
     found = {row["name"]: row for row in verdicts(rows)}
     full, lukv = mean_of(rows, "xyz", "none", "full", 0.0), mean_of(rows, "xyz", "S", "lukv", 0.8)
-    kept = found["bench_kept_S"]
+    kept = found["bench_kept_S_lukv"]
     assert kept["measured"] == pytest.approx(lukv / full) and kept["ci"][0] < kept["measured"] < kept["ci"][1]
-    assert found["bench_won_S"] == {"name": "bench_won_S", "unit": "tasks", "measured": 1, "tasks": ["x"]}
-    regret = found["bench_regret_S"]
+    assert found["bench_won_S_lukv"] == {"name": "bench_won_S_lukv", "unit": "tasks", "measured": 1, "tasks": ["x"]}
+    regret = found["bench_regret_S_lukv"]
     assert regret["measured"] == pytest.approx(mean_of(rows, "xyz", "S", "oracle", 0.8) - lukv)
     assert regret["ci"][0] <= regret["measured"] <= regret["ci"][1]
     share = [1, lukv / full, mean_of(rows, "xyz", "S", "lukv", 0.9) / full]
     right = np.interp(-0.97, -np.array(share), [0, 0.8, 0.9])
-    assert share[1] > 0.97 > share[2] and found["bench_saved_S"]["measured"] == pytest.approx(right)
+    assert share[1] > 0.97 > share[2] and found["bench_saved_S_lukv"]["measured"] == pytest.approx(right)
 
 
 @pytest.mark.parametrize(("share", "ratio"), [([1, 1, 1], 0.9), ([1, 0.99, 0.96], 0.5 + 0.4 * 2 / 3), ([0.9, 1, 1], 0),
@@ -417,11 +418,11 @@ def test_the_study_runs_from_profiles_to_rows_and_again_from_its_files(tmp_path,
     monkeypatch.setattr(bench, "OTHER_TASKS", ("niah_single_1",))
     monkeypatch.setattr(bench, "SCORERS", (KeyDiff(), SnapKV(window=8, kernel=3)))
     monkeypatch.setattr(bench, "_points", lambda record, task, pred: float(zlib.crc32(pred.encode()) % 101))
-    size = {"n": 3, "n_changed": 2, "n_choice": 1, "pairs": 1, "max_seq_length": 400, "max_new_tokens": 2}
+    size = {"n": 3, "n_changed": 2, "n_choice": 1, "pairs": 1, "max_seq_length": 400, "max_new_tokens": 2, "horizon": 2}
     rows = bench._study(model, Words(), tmp_path, 1, **size)
     names = {row["name"] for row in rows}
-    assert len(names) == len(rows) and {"bench_KeyDiff_lukv_mean", "bench_gain_SnapKV_adakv_vt", "bench_kept_SnapKV",
-                                        "bench_won_KeyDiff", "bench_ablation_KeyDiff_other_scorer"} <= names
+    assert len(names) == len(rows) and {"bench_KeyDiff_lukv_mean", "bench_gain_SnapKV_lukv_adakv", "bench_kept_SnapKV_lukv_loss",
+                                        "bench_won_KeyDiff_lukv", "bench_ablation_KeyDiff_other_scorer"} <= names
     chosen = {row["name"]: row["measured"] for row in rows if row.get("chosen")}
     assert len(chosen) == 1 and max(chosen.values()) == max(row["measured"] for row in rows if "choice" in row["name"])
     changed = [row for row in rows if "ablation" in row["name"]]

@@ -378,6 +378,9 @@ def test_both_aggregates_are_what_they_say():
     assert np.allclose(budget.ratios, np.mean([budget_curve(u, 2, 2, sink=4, window=1) for u in flat], axis=0), atol=1e-12)
     assert np.array_equal(loss.ratios, budget_curve(np.mean(flat, axis=0, dtype=np.float64), 2, 2, sink=4, window=1))
     assert not np.allclose(budget.ratios, loss.ratios)
+    summed = profile_model(model, Bytes(), PAIRS[:1], KeyDiff(), new_tokens=4, reduce_time="sum", norm="none")
+    u = pair_utility(model, Bytes(), *PAIRS[0], KeyDiff(), new_tokens=4, reduce_time="sum", norm="none")
+    assert np.array_equal(summed.ratios, budget_curve(u.reshape(4, -1), 2, 2, sink=4, window=1)) and summed.meta["norm"] == "none"
     assert np.allclose(budget.ratios[:90].mean(axis=(1, 2)), np.arange(1, 91) / 100, atol=1 / lengths.pop())
 
 
@@ -421,9 +424,9 @@ def test_layers_with_a_sliding_window_are_left_out():
     ({"pairs": [PAIRS[0], ("a", 1)]}, r"pair 1 must be \(context, question\)"), ({"pairs": ["ab"]}, r"pair 0 must be \(context, question\)"),
     ({"pairs": [("Hi", "Who?")]}, r"context of 2 tokens is too short for scorer KeyDiff \(needs > 4\)")])
 def test_bad_settings_are_refused(change, text):
-    pairs = change.pop("pairs", PAIRS[:1])
+    settings_ = {"pairs": PAIRS[:1]} | change
     with pytest.raises(ValueError, match=text):
-        profile_model(tiny(), Bytes(), pairs, KeyDiff(), **change)
+        profile_model(tiny(), Bytes(), settings_.pop("pairs"), KeyDiff(), **settings_)
 
 
 # ---------------------------------------------------------------- averages
