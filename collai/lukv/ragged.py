@@ -6,14 +6,14 @@
 __all__ = ['merge_partials', 'Prefix', 'Tail', 'ragged_attention', 'RaggedLayer', 'RaggedCache', 'full_layers', 'score_context',
            'Compressor', 'generate', 'measure']
 
-# %% ../../nbs/lukv/03_ragged.ipynb #91b9a744
+# %% ../../nbs/lukv/03_ragged.ipynb #60940a64
 import copy
 import json
 import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from numbers import Integral
 from types import SimpleNamespace
@@ -641,7 +641,7 @@ class _Plan(_Shares):
                 self.tables[length] = _exact(table, self.total, length)
         return self.tables[length]
 
-# %% ../../nbs/lukv/03_ragged.ipynb #1524e208
+# %% ../../nbs/lukv/03_ragged.ipynb #718660ad
 def _make_plan(ratio: Any, total: Any, budgets: Any, n_layers: int, layers: tuple[int, ...], heads: int) -> _Plan:
     """Check the arguments about budgets."""
     counts = None
@@ -666,6 +666,7 @@ def _make_plan(ratio: Any, total: Any, budgets: Any, n_layers: int, layers: tupl
         rows = np.concatenate([plan.row(counts, layer) for layer in layers])
         if total is not None and total != rows.sum():
             raise ValueError(f"budget_tokens={total} differs from the sum of budgets {rows.sum()}")
+        plan = replace(plan, total=int(rows.sum()))
     return plan
 
 # %% ../../nbs/lukv/03_ragged.ipynb #c14bc223
@@ -694,7 +695,7 @@ def _reselect(layer: RaggedLayer, index: int, plan: _Plan, scores: Tensor | None
     left = force_protected(scores.float(), *protected).masked_fill(~stored, -math.inf)
     return _select(left, plan(index, left))
 
-# %% ../../nbs/lukv/03_ragged.ipynb #ba67699d
+# %% ../../nbs/lukv/03_ragged.ipynb #6b9393f5
 class RaggedCache(_Compacting):
     """Cache for any decoder of transformers whose heads may keep different numbers of entries.
 
@@ -710,7 +711,7 @@ class RaggedCache(_Compacting):
     """
 
     def compress(self, scores: Any = None, *, ratio: float | None = None, budget_tokens: int | None = None,
-                 budgets: Any = "uniform") -> None:
+                 budgets: Any = None) -> None:
         """Evict again, from prefix and tail together, when the tail has become long.
 
         Parameters
@@ -719,7 +720,7 @@ class RaggedCache(_Compacting):
             Scores by position in the text (or a list of layers); those of evicted positions are not read. None takes
             KeyDiff over the stored keys, which needs nothing but the cache.
         ratio, budget_tokens, budgets : optional
-            As in `Compressor`, of all tokens seen; without them what the cache was made with.
+            As in `Compressor`, of all tokens seen; without any of them what the cache was made with.
 
         Raises
         ------
@@ -727,7 +728,8 @@ class RaggedCache(_Compacting):
             If the arguments about budgets contradict each other, or a score has the wrong shape.
         """
         plan = self.plan
-        if plan is None or ratio is not None or budget_tokens is not None or not isinstance(budgets, str):
+        if plan is None or any(given is not None for given in (ratio, budget_tokens, budgets)):
+            budgets = "uniform" if budgets is None else budgets
             layers = tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, RaggedLayer))
             plan = _make_plan(ratio, budget_tokens, budgets, len(self.layers), layers, _heads(self.layers))
         for i in plan.layers:
@@ -970,7 +972,7 @@ class Compressor(_Prefill):
         If the model has attention layers of another kind.
     """
 
-# %% ../../nbs/lukv/03_ragged.ipynb #42674252
+# %% ../../nbs/lukv/03_ragged.ipynb #7558d269
 def generate(model: Any, tokenizer: Any, context: str, question: str, *, compressor: Compressor | None,
              max_new_tokens: int) -> str:
     """Answer a question about a context whose cache was compressed before the question is known.
@@ -980,7 +982,7 @@ def generate(model: Any, tokenizer: Any, context: str, question: str, *, compres
     model : transformers.PreTrainedModel
         Decoder.
     tokenizer : tokenizer
-        Its ``encode`` and ``decode`` are used; the text is encoded as it is, without added tokens.
+        Its ``encode`` and ``decode`` are used; an opening token that the tokenizer adds to texts comes first.
     context, question : str
         What is compressed, and what is not.
     compressor : Compressor or None
@@ -1001,6 +1003,9 @@ def generate(model: Any, tokenizer: Any, context: str, question: str, *, compres
     parts = [list(tokenizer.encode(text, add_special_tokens=False)) for text in (context, question)]
     if not all(parts):
         raise ValueError(f"context and question must have tokens, they have {[len(p) for p in parts]}")
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is not None and list(tokenizer.encode("a"))[:1] == [first]:
+        parts[0].insert(0, first)
     ids = torch.tensor([parts[0] + parts[1]], device=model.device)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False}
     if compressor is None:
@@ -1298,7 +1303,7 @@ def _timed(calls: Sequence[Callable[[], Any]], repeats: int = 50) -> float:  # p
     torch.cuda.synchronize()
     return float(np.median([begin.elapsed_time(end) for begin, end in pairs[3:]])) / 1e3 / len(calls)
 
-# %% ../../nbs/lukv/03_ragged.ipynb #eb88ffeb
+# %% ../../nbs/lukv/03_ragged.ipynb #6568e6d1
 @_jit
 @no_type_check
 def _read(x, out, n, BLOCK: tl.constexpr):  # pragma: no cover
@@ -1325,8 +1330,9 @@ def _bandwidth_rows() -> list[dict[str, Any]]:  # pragma: no cover
              "copy": 2 * size / _timed([partial(y.copy_, x)])}
     del x, y
     rates["read"] = size / _read_seconds(size * 1e12, 1)
-    return [{"name": "bandwidth", "measured": max(rates.values()), "unit": "TB/s", "bound": 4.8,
-             "peer": "data sheet of an H200", **{f"{name}_TB/s": rate for name, rate in rates.items()}}]
+    sheet = {"NVIDIA H200": 4.8, "NVIDIA H100 80GB HBM3": 3.35}.get(torch.cuda.get_device_name())
+    return [{"name": "bandwidth", "measured": max(rates.values()), "unit": "TB/s", "bound": sheet,
+             "peer": "data sheet", **{f"{name}_TB/s": rate for name, rate in rates.items()}}]
 
 # %% ../../nbs/lukv/03_ragged.ipynb #eed6ad13
 def _root(f: Callable[[float], float], high: float) -> float:
@@ -1649,7 +1655,7 @@ def _decode_rows(read: float) -> list[dict[str, Any]]:  # pragma: no cover
              **{f"{name}_ms": seconds * 1e3 for name, seconds in step.items()},
              "ragged_floor_ms": floor[0.2] * 1e3, "full_floor_ms": floor[1.0] * 1e3}]
 
-# %% ../../nbs/lukv/03_ragged.ipynb #6ed41f72
+# %% ../../nbs/lukv/03_ragged.ipynb #7208eab9
 def _sequence_rows(read: float) -> list[dict[str, Any]]:  # pragma: no cover
     """Sequences of 128 k tokens whose caches, 128 more tokens included, fit beside the weights and can be decoded."""
     def fits(batch: int, keep: float) -> bool:
@@ -1669,7 +1675,8 @@ def _sequence_rows(read: float) -> list[dict[str, Any]]:  # pragma: no cover
         while most[keep] and not fits(most[keep], keep):
             most[keep] -= 1
     torch.cuda.empty_cache()
-    return [{"name": "sequences", "measured": most[0.2] / max(most[1.0], 1), "unit": "ratio", "bound": 38 / 7,
+    bound = int(free / (131072 * 131072 * 0.2)) / max(1, int(free / (131072 * 131072)))
+    return [{"name": "sequences", "measured": most[0.2] / max(most[1.0], 1), "unit": "ratio", "bound": bound,
              "peer": most[1.0], "ragged": most[0.2], "full": most[1.0], "free_GB": free / 1e9, "tokens": 131072}]
 
 # %% ../../nbs/lukv/03_ragged.ipynb #54c555a1
