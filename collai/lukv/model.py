@@ -552,7 +552,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = train_tiny(TrainConfig(workers=args.workers, folder=str(folder)), args.device, args.steps)
     write_model(folder, model)
 
-# %% ../../nbs/lukv/05_model.ipynb #9b9c83b5
+# %% ../../nbs/lukv/05_model.ipynb #1a9c7ff1
 def _checked(name: str) -> bytes:
     """Read a shipped file and hold it against its hash in the training record."""
     data = (DATA / name).read_bytes()
@@ -581,6 +581,7 @@ def load_tiny() -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
     model = new_model(TrainConfig())
+    model.config._name_or_path = "collai-lu-6m"
     weights = {name: value.float() for name, value in load(_checked("collai-lu-6m.safetensors")).items()}
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     tokenizer = Tokenizer.from_str(_checked("tokenizer.json").decode())

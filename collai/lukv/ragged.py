@@ -153,7 +153,7 @@ class Tail(_Room):
         self.values[:, :, n:n + q] = values
         self.length = n + q
 
-# %% ../../nbs/lukv/03_ragged.ipynb #2e401986
+# %% ../../nbs/lukv/03_ragged.ipynb #ac9b3a62
 def _segment_partial(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, segments: Tensor,
                      ) -> tuple[Tensor, Tensor]:
     """Few query rows: q [R, heads, D], packed keys [N, D] -> o [R, heads, D], lse [R, heads]; O(N R D), no padding."""
@@ -174,18 +174,24 @@ def _segment_partial(q: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, s
     return o / total.clamp(min=1)[..., None], top + total.log()
 
 
-def _padded_partial(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, length: Tensor, longest: int,
-                    ) -> tuple[Tensor, Tensor]:
-    """Many query rows: heads padded to the longest one for a batched matrix product; shapes as above."""
-    at = torch.arange(longest, device=keys.device)
-    gone = at >= length[:, None]
-    entry = (start[:, None] + at).masked_fill_(gone, 0)
-    logits = torch.bmm(q.transpose(0, 1), keys[entry].transpose(1, 2)).masked_fill_(gone[:, None], -math.inf)
-    lse = logits.logsumexp(-1)
-    weight = (logits - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp_()
-    return torch.bmm(weight, values[entry]).transpose(0, 1), lse.T
+def _padded_partial(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Many query rows: heads of like length padded to the longest of them for a batched product; shapes as above."""
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for part in length.argsort().split(max(1, len(length) // 16)):
+        at = torch.arange(int(length[part[-1]]), device=keys.device)
+        if len(at) == 0:
+            o[:, part], lse[:, part] = 0, -math.inf
+            continue
+        gone = at >= length[part, None]
+        entry = (start[part, None] + at).masked_fill_(gone, 0)
+        logits = torch.bmm(q[:, part].transpose(0, 1), keys[entry].transpose(1, 2)).masked_fill_(gone[:, None], -math.inf)
+        top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(lse.dtype).min)
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        o[:, part] = (torch.bmm(logits, values[entry]) / total.clamp(min=torch.finfo(lse.dtype).tiny)).transpose(0, 1)
+        lse[:, part] = (top + total.log())[..., 0].T
+    return o, lse
 
-# %% ../../nbs/lukv/03_ragged.ipynb #00b6b73c
+# %% ../../nbs/lukv/03_ragged.ipynb #095222aa
 def _torch_partial(q: Float[Tensor, "B Hq Q D"], keys: Float[Tensor, "N D"], values: Float[Tensor, "N D"],
                    start: Int[Tensor, "B Hkv"], length: Int[Tensor, "B Hkv"], scale: float,
                    prefix: Prefix | None = None) -> tuple[Float32[Tensor, "B Hq Q D"], Float32[Tensor, "B Hq Q"]]:
@@ -199,7 +205,7 @@ def _torch_partial(q: Float[Tensor, "B Hq Q D"], keys: Float[Tensor, "N D"], val
     if len(rows) * len(keys) <= 1.5 * heads * longest:
         o, lse = _segment_partial(rows, keys, values, prefix.offsets, prefix.segments)
     else:
-        o, lse = _padded_partial(rows, keys, values, start.flatten(), length.flatten(), longest)
+        o, lse = _padded_partial(rows, keys, values, start.flatten(), length.flatten())
     return o.transpose(0, 1).reshape(q.shape), lse.T.reshape(q.shape[:3])
 
 
@@ -972,7 +978,13 @@ class Compressor(_Prefill):
         If the model has attention layers of another kind.
     """
 
-# %% ../../nbs/lukv/03_ragged.ipynb #7558d269
+# %% ../../nbs/lukv/03_ragged.ipynb #4f4d8127
+def _opening(tokenizer: Any) -> list[int]:
+    """Token that the tokenizer itself puts before a text, if any."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    return [first] if first is not None and list(tokenizer.encode("a"))[:1] == [first] else []
+
+# %% ../../nbs/lukv/03_ragged.ipynb #441507ec
 def generate(model: Any, tokenizer: Any, context: str, question: str, *, compressor: Compressor | None,
              max_new_tokens: int) -> str:
     """Answer a question about a context whose cache was compressed before the question is known.
@@ -1003,9 +1015,7 @@ def generate(model: Any, tokenizer: Any, context: str, question: str, *, compres
     parts = [list(tokenizer.encode(text, add_special_tokens=False)) for text in (context, question)]
     if not all(parts):
         raise ValueError(f"context and question must have tokens, they have {[len(p) for p in parts]}")
-    first = getattr(tokenizer, "bos_token_id", None)
-    if first is not None and list(tokenizer.encode("a"))[:1] == [first]:
-        parts[0].insert(0, first)
+    parts[0] = _opening(tokenizer) + parts[0]
     ids = torch.tensor([parts[0] + parts[1]], device=model.device)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False}
     if compressor is None:

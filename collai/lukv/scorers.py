@@ -119,7 +119,7 @@ class Scorer(_Named):
             raise ValueError(f"context of {n} tokens is too short for scorer {self.name} (needs > {self._least()})")
         return self._score(_Inputs(module, hidden_states, keys, values, position_embeddings)).float()
 
-# %% ../../nbs/lukv/02_scorers.ipynb #0299b316
+# %% ../../nbs/lukv/02_scorers.ipynb #882f1a38
 @dataclass
 class Knorm(Scorer):
     """Short keys first: ``-‖k‖₂`` (Devoto et al. 2024, arXiv 2406.11430).
@@ -131,7 +131,7 @@ class Knorm(Scorer):
     """
 
     def _score(self, given: _Inputs) -> Tensor:
-        return -torch.linalg.vector_norm(given.keys, dim=-1, dtype=torch.float32)
+        return -torch.linalg.vector_norm(given.keys.float(), dim=-1)
 
 
 @dataclass

@@ -188,7 +188,7 @@ def test_both_ways_over_packed_rows_agree(n_q):
     prefix = Prefix(new(n, 8), new(n, 8), (length.flatten().cumsum(0) - length.flatten()).int().view(3, 2), length)
     rows = (q * 0.3).reshape(6, -1, 8).transpose(0, 1)
     one = ragged._segment_partial(rows, prefix.keys, prefix.values, prefix.offsets, prefix.segments)
-    two = ragged._padded_partial(rows, prefix.keys, prefix.values, prefix.start.flatten(), length.flatten(), 700)
+    two = ragged._padded_partial(rows, prefix.keys, prefix.values, prefix.start.flatten(), length.flatten())
     assert torch.allclose(one[0], two[0], atol=1e-5) and torch.allclose(one[1], two[1], atol=1e-5)
     assert (one[1].T[[0, 5]] == -math.inf).all() and (one[0].transpose(0, 1)[[0, 5]] == 0).all()
     o, lse = ragged._torch_partial(q, prefix.keys, prefix.values, prefix.start, length, 0.3)
@@ -782,3 +782,41 @@ def test_bytes_agree_with_what_is_alive(llama):
     room = cache.layers[0].tail.keys.shape[2]
     assert size["tail"] == 2 * 2 * 2 * 2 * room * 8 * 4 and 10 <= room <= 64
     assert size["index"] <= 9 * cache.lengths().sum() + 2 * 4 * 64
+
+
+def test_counts_tell_the_scorer_which_share_they_evict(llama):
+    ids = tokens(1, 40)
+    with Compressor(llama, StreamingLLM(), budgets=np.full((2, 2), 20)) as given:
+        cache = given.prefill(ids)
+    assert cache.layers[0].prefix.pos.tolist() == [*range(4), *range(24, 40)] * 2
+
+
+def test_compressing_again_heeds_the_kind_of_budgets(llama):
+    ids = tokens(1, 40)
+    with Compressor(llama, KeyDiff(), ratio=0.5) as given:
+        cache = given.prefill(ids)
+        with pytest.raises(ValueError, match="give exactly one of ratio and budget_tokens"):
+            cache.compress(budgets="adakv")
+        with pytest.raises(ValueError, match="budgets must be 'uniform', 'adakv', 'pyramid'"):
+            cache.compress(ratio=0.5, budgets="best")
+        cache.compress(ratio=0.75, budgets="uniform")
+    assert (cache.lengths() == 10).all()
+
+
+class _Opening:
+    """A tokenizer whose own texts start with token 7."""
+
+    bos_token_id = 7
+
+    def encode(self, text, add_special_tokens=True):
+        return [7] * add_special_tokens + [ord(c) % 50 + 10 for c in text]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+def test_a_generated_answer_starts_from_the_opening_token_of_the_tokenizer(llama):
+    said = generate(llama, _Opening(), "abcdefgh", "ij", compressor=None, max_new_tokens=3)
+    ids = torch.tensor([[7, *_Opening().encode("abcdefghij", add_special_tokens=False)]])
+    wanted = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)[0, ids.shape[1]:]
+    assert said == _Opening().decode(wanted.tolist())
