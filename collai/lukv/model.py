@@ -232,7 +232,27 @@ def _cost(name: str, length: int, tokenizer: "Tokenizer") -> tuple[float, float]
     low, high = (np.mean([len(row) for row in _encode(tokenizer, some)[0]]) for some in texts)
     return float(low - few * (high - low) / (many - few)), float((high - low) / (many - few))
 
-# %% ../../nbs/lukv/05_model.ipynb #574e4abf
+# %% ../../nbs/lukv/05_model.ipynb #36f279e9
+def _fill(name: str, length: int, tokenizer: "Tokenizer", rng: np.random.Generator, room: np.ndarray, wide: np.ndarray,
+          cost: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Write one row for each room; a text that came out too long is written again with fewer units."""
+    ids = np.full((len(room), length), PAD_ID, dtype=np.int64)
+    kinds = np.full((len(room), length), SKIP, dtype=np.uint8)
+    todo = np.arange(len(room))
+    while todo.size:
+        if room[todo].min() < 0.2 * length:
+            raise ValueError(f"{name} does not fit into {length} tokens")
+        units = np.maximum(FEWEST.get(name, 5), (room[todo] - cost[0]) / cost[1]).astype(int)
+        texts = [_one_text(name, rng, int(u), length, bool(w)) for u, w in zip(units, wide[todo], strict=True)]
+        for i, row, kind in zip(todo, *_encode(tokenizer, texts), strict=True):
+            if len(row) <= length:
+                ids[i, :len(row)], kinds[i, :len(row)] = row, kind
+        todo = todo[(kinds[todo] == SKIP).all(axis=1)]
+        room[todo] *= 0.8
+        wide[todo] &= room[todo] > 0.3 * length
+    return ids, kinds
+
+# %% ../../nbs/lukv/05_model.ipynb #15de209a
 def text_rows(name: str, rows: int, length: int, tokenizer: "Tokenizer", rng: np.random.Generator, dense: float = 0.7,
               tokens_of: dict[tuple[str, int], tuple[float, float]] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Write rows of one task, padded to a length.
@@ -265,26 +285,11 @@ def text_rows(name: str, rows: int, length: int, tokenizer: "Tokenizer", rng: np
     tokens_of = {} if tokens_of is None else tokens_of
     if (name, length) not in tokens_of:
         tokens_of[name, length] = _cost(name, length, tokenizer)
-    base, unit = tokens_of[name, length]
-    ids = np.full((rows, length), PAD_ID, dtype=np.int64)
-    kinds = np.full((rows, length), SKIP, dtype=np.uint8)
     wide = rng.random(rows) < dense
     room = length * (1 - 0.25 * wide) * np.where(rng.random(rows) < 0.5, 0.97, rng.uniform(0.4, 0.97, rows))
-    todo = np.arange(rows)
-    while todo.size:
-        if room[todo].min() < 0.2 * length:
-            raise ValueError(f"{name} does not fit into {length} tokens")
-        units = np.maximum(FEWEST.get(name, 5), (room[todo] - base) / unit).astype(int)
-        got = _encode(tokenizer, [_one_text(name, rng, int(u), length, bool(w)) for u, w in zip(units, wide[todo], strict=True)])
-        for i, row, kind in zip(todo, *got, strict=True):
-            if len(row) <= length:
-                ids[i, :len(row)], kinds[i, :len(row)] = row, kind
-        todo = todo[(kinds[todo] == SKIP).all(axis=1)]
-        room[todo] *= 0.8
-        wide[todo] &= room[todo] > 0.3 * length
-    return ids, kinds
+    return _fill(name, length, tokenizer, rng, room, wide, tokens_of[name, length])
 
-# %% ../../nbs/lukv/05_model.ipynb #ff18ef13
+# %% ../../nbs/lukv/05_model.ipynb #e12e776a
 @dataclass(frozen=True)
 class Stage:
     """One part of the training plan.
@@ -309,7 +314,7 @@ SHORT = {name: weight for name, weight in MIX.items() if name not in ("cwe", "ni
 SAVE_EVERY = 1000  # steps between checkpoints
 PLAN = (Stage(256, 2100, {"tokens": 2, "repeat": 1}), Stage(512, 1200, SHORT), Stage(1024, 3200, MIX), Stage(2048, 2160, MIX))
 
-
+# %% ../../nbs/lukv/05_model.ipynb #59d0d13f
 @dataclass(frozen=True)
 class TrainConfig:
     """Shape of the model and plan of its training.
@@ -465,7 +470,7 @@ def _batches(config: TrainConfig, tokenizer: "Tokenizer", start: int, steps: int
     return iter(DataLoader(Rows(config, tokenizer), batch_size=None, sampler=range(start, steps), num_workers=config.workers,
                            pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **more))
 
-# %% ../../nbs/lukv/05_model.ipynb #146f8317
+# %% ../../nbs/lukv/05_model.ipynb #71893af5
 def train_tiny(config: TrainConfig, device: str = "cpu", steps: int | None = None) -> "LlamaForCausalLM":
     """Train the model by the plan of its configuration.
 
@@ -474,7 +479,7 @@ def train_tiny(config: TrainConfig, device: str = "cpu", steps: int | None = Non
     config : TrainConfig
         Shape, plan and seed.
     device : str
-        ``"cpu"`` or ``"cuda"``; there the forward pass runs in bfloat16.
+        ``"cpu"``, or ``"cuda"`` with a forward pass in bfloat16.
     steps : int, optional
         Stop after so many steps of the plan; all of them when None.
 
@@ -494,8 +499,7 @@ def train_tiny(config: TrainConfig, device: str = "cpu", steps: int | None = Non
         raise ValueError(f"steps must be in [1, {planned}], the length of the plan, got {steps}")
     model = new_model(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
-    folder = Path(config.folder) if config.folder else None
-    start, log = _resume(folder, model, optimizer)
+    start, log = _resume(folder := Path(config.folder) if config.folder else None, model, optimizer)
     began, tokenizer = time.monotonic(), load_tokenizer(config.vocab)
     for step, batch in zip(tqdm(range(start, steps), initial=start, total=steps, desc="train", mininterval=5),
                            _batches(config, tokenizer, start, steps), strict=True):
