@@ -3,7 +3,6 @@
 Results are shared with `collai run`: what is up to date in `build/executed` is not run again.
 """
 import shutil
-import time
 
 import pytest
 from tree import CHAIN_NOTEBOOKS, PAPER_NOTEBOOKS, ROOT
@@ -48,25 +47,9 @@ def test_refreshing_twice_gives_the_same_bytes(chain, tmp_path):
     assert texts[0] == texts[1], f"{name}: outputs change from run to run; seed them, or tag the cell 'volatile'"
 
 
-def slowness() -> float:
-    """How many times slower this computer is just now than the one the budget was set on, at least 1.
-
-    A loop of ten million additions took 0.7 s there. Shared computers can be slower by half for hours, which says nothing
-    about a notebook.
-    """
-    best = float("inf")
-    for _ in range(3):
-        start, total = time.perf_counter(), 0
-        for i in range(10_000_000):
-            total += i
-        best = min(best, time.perf_counter() - start)
-    return max(1.0, best / 0.7)
-
-
 @pytest.mark.parametrize("chain", CHAINS)
 def test_the_chain_stays_within_its_budget(chain):
     runner.run([chain], "quick", jobs=1, root=ROOT)
     each = {name: seconds(name) for name in runner.select([chain], ROOT)}
     total = sum(each.values())
-    slower = slowness()
-    assert total <= 1.5 * BUDGET * slower, f"{total:.0f} s on a computer {slower:.1f} times as slow, the budget is {BUDGET:.0f}: {each}"
+    assert total <= 1.5 * BUDGET, f"{total:.0f} s, the budget is {BUDGET:.0f}: {each}"
