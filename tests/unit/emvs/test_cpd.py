@@ -190,7 +190,9 @@ def test_the_line_search_helps_on_complex_data():
 def test_a_useless_step_is_refused():
     X, F = noisy(np.random.default_rng(5), (4, 4, 4), 2, 0.0)
     worse = tuple(f + 0.5 for f in F)
-    kept, error = module._search(X, worse, F, 0.0)
+    kept, error = module._search(X, worse, F, 0.0)  # F has no error: only rounding can be gained
+    assert error == 0.0 and all(np.allclose(k, f, atol=1e-12) for k, f in zip(kept, F, strict=True))
+    kept, error = module._search(X, F, F, 0.0)
     assert kept is F and error == 0.0
 
 

@@ -354,8 +354,9 @@ def test_the_loop_stops_when_no_phases_promise_more_or_rounds_run_out():
 
 
 def test_a_round_that_lowers_the_gain_is_not_accepted():
-    runs = [refine_loop(example_scene(pitch=60, rng=s), 2, rng=s).rounds for s in (1, 2)]
-    assert all(r[0].accepted for r in runs) and not all(r[1].accepted for r in runs)
+    loops = (refine_loop(example_scene(pitch=60, rng=s), 2, rng=s).rounds for s in range(40))
+    worse = next(r for r in loops if not r[-1].accepted)  # which loop it is depends on rounding, one in five on average
+    assert worse[0].accepted
 
 
 def test_the_widened_beam_lights_every_column_alike():
