@@ -195,7 +195,8 @@ def file_mistakes(root: str | Path | None = None) -> list[str]:
     for slug, card in load_all(root).items():
         named = {notebook["path"] for notebook in card.get("notebooks", [])}
         files = {f"{slug}/{file.stem}" for file in (root / "nbs" / slug).glob("*.ipynb")}
-        found += [f"{path}: on the card, but nbs/{path}.ipynb does not exist" for path in sorted(named - files)]
+        gone = sorted(path for path in named if not (root / "nbs" / f"{path}.ipynb").is_file())
+        found += [f"{path}: on the card, but nbs/{path}.ipynb does not exist" for path in gone]
         found += [f"{path}: nbs/{path}.ipynb stands on no card" for path in sorted(files - named)]
     return found
 
