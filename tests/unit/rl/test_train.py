@@ -1,0 +1,433 @@
+"""The trainer: proxies, records, settings, and runs that give the same numbers however often they are stopped."""
+import copy
+import csv
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from collai.core.tinylm import TinyLM
+from collai.rl.adv import get_advantage, register_advantage
+from collai.rl.losses import ppo_clip_loss
+from collai.rl.stats import model_token_stats
+from collai.rl.tasks import CalcTool, ChainSum, Problem
+from collai.rl.train import COLUMNS, History, TrainConfig, Trainer, gradient_proxies, greedy_accuracy, sft, warm_start
+
+TIMELESS = [name for name in COLUMNS if name != "seconds"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(task, seed=0):
+    tok = task.tokenizer()
+    return TinyLM(len(tok), hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16, seed=seed), tok
+
+
+@functools.cache
+def learned(task_type, *sizes):
+    task = task_type(*sizes)
+    model, tok = small(task)
+    sft(model, tok, task, steps=40, batch=16, lr=1e-2)
+    return model
+
+
+def half_right(task=None):
+    """A fresh copy of a policy whose groups hold right and wrong answers, its tokenizer and its task."""
+    task = task or ChainSum(2, 3)
+    sizes = (task.terms, task.base) if isinstance(task, ChainSum) else (task.depth, task.digits)
+    return copy.deepcopy(learned(type(task), *sizes)), task.tokenizer(), task
+
+
+def trainer(task=None, model=None, **settings):
+    fresh, tok, task = half_right(task)
+    return Trainer(fresh if model is None else model, tok, task,
+                   TrainConfig(**{"prompts_per_step": 2, "eval_every": 2, "eval_prompts": 3, "lr": 1e-2} | settings))
+
+
+def same(a: History, b: History) -> bool:
+    names = [name for name in a.rows[0] if name != "seconds"]
+    return len(a.rows) == len(b.rows) and all(np.array_equal(a.column(n), b.column(n), equal_nan=True) for n in names)
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ---- proxies ----
+
+def test_proxies_follow_their_definition_row_by_row():
+    generator = torch.Generator().manual_seed(0)
+    energy, adv = torch.rand(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    mask = (torch.rand(6, 5, generator=generator) < 0.6).long()
+    mask[2] = 0
+    power = 0.0
+    for e, a, m in zip(energy, adv, mask.bool(), strict=True):
+        if m.any():
+            power += float(a[m].mean()) ** 2 * float(e[m].sum()) / 6
+    dirty = torch.where(mask.bool(), energy, math.nan), torch.where(mask.bool(), adv, math.inf)
+    for e, a in ((energy, adv), dirty):
+        found = gradient_proxies(e, a, mask, 0.3)
+        assert found["power"] == pytest.approx(power, rel=1e-6)
+        assert found["signal"] == pytest.approx(0.09)
+        assert found["noise"] == pytest.approx(max(0.0, (power - 0.09) / 5), rel=1e-5)
+    assert gradient_proxies(energy, adv, mask, 100)["noise"] == 0.0
+    assert math.isnan(gradient_proxies(energy[:1], adv[:1], mask[:1], 0.1)["noise"])
+
+
+def test_proxies_refuse_what_means_nothing():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="mask must contain only 0 and 1"):
+        gradient_proxies(x, x, 2 * x, 1.0)
+    with pytest.raises(ValueError, match="grad_norm must be >= 0, got nan"):
+        gradient_proxies(x, x, x, math.nan)
+    with pytest.raises(ValueError, match=r"at least one rollout is needed, got shape \(0, 3\)"):
+        gradient_proxies(x[:0], x[:0], x[:0], 1.0)
+    with pytest.raises(ValueError, match="adv contain non-finite values at row 1, column 2"):
+        bad = x.clone()
+        bad[1, 2] = math.nan
+        gradient_proxies(x, bad, x, 1.0)
+
+
+# ---- history and settings ----
+
+def test_a_history_survives_its_files(tmp_path):
+    rows = [{"step": 1, "accuracy": math.nan, "grad_norm": 0.1 + 0.2}, {"step": 2, "accuracy": 0.5, "stage": 3.0}]
+    history = History(rows)
+    history.to_json(tmp_path / "a.json")
+    history.to_csv(tmp_path / "a.csv")
+    again = History.from_json(tmp_path / "a.json")
+    assert len(again) == 2 and again.rows[1] == rows[1] and math.isnan(again.rows[0]["accuracy"])
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    with (tmp_path / "a.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == [*COLUMNS, "stage"] and table[0]["accuracy"] == "" and table[1]["stage"] == "3.0"
+    assert float(table[0]["grad_norm"]) == 0.1 + 0.2
+    assert history.column("stage").dtype == np.float64 and math.isnan(history.column("stage")[0])
+    assert np.isnan(history.column("reward")).all() and History().column("reward").shape == (0,)
+    with pytest.raises(ValueError, match="unknown column 'acc', use one of 'step', 'tokens'"):
+        history.column("acc")
+
+
+@pytest.mark.parametrize(("settings", "text"), [
+    ({"estimator": "ppo"}, "unknown advantage 'ppo'"), ({"agg": "mean"}, "unknown agg 'mean', use one of 'token-mean'"),
+    ({"n": 0}, "n must be an integer >= 1, got 0"), ({"epochs": 1.5}, "epochs must be an integer >= 1, got 1.5"),
+    ({"eval_every": True}, "eval_every must be an integer >= 1, got True"), ({"seed": -1}, "seed must be an integer >= 0"),
+    ({"lr": 0.0}, "lr must be positive, got 0.0"), ({"grad_clip": math.inf}, "grad_clip must be positive, got inf"),
+    ({"prompts_per_step": 0}, "prompts_per_step must"), ({"eval_prompts": 0}, "eval_prompts must")])
+def test_settings_are_refused_with_their_value(settings, text):
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(**settings)
+
+
+# ---- a step ----
+
+def test_a_row_has_every_column_and_counts_model_tokens():
+    run = trainer(CalcTool(1, 1), n=3)
+    history = run.run(2)
+    assert set(COLUMNS) <= history.rows[0].keys() and "clip_share" in history.rows[0]
+    untrained = trainer(CalcTool(1, 1), n=3).sample(1)
+    assert history.rows[0]["tokens"] == int(untrained.mask.sum())
+    assert history.rows[0]["reward"] == float(untrained.rewards.sum(1).mean())
+    assert history.rows[0]["tokens"] < history.rows[1]["tokens"] <= history.rows[0]["tokens"] + 6 * CalcTool(1, 1).max_new
+    assert np.isnan(history.column("accuracy")).tolist() == [True, False]
+    assert all(type(x) in (int, float) for row in history.rows for x in row.values())
+
+
+def test_the_first_step_is_the_gradient_of_the_estimator():
+    run, (expected, _, _) = trainer(n=3, lr=1e-3, grad_clip=1e9), half_right()
+    batch = run.sample(1)
+    adv = get_advantage("otb")(batch.rewards, batch.mask, batch.uid, batch.energy).advantages
+    ids = torch.cat((batch.prompt_ids, batch.ids), 1)
+    attention = torch.cat((batch.prompt_mask, (batch.turn >= 0).long()), 1)
+    logp = model_token_stats(expected, ids, attention, batch.ids.shape[1], mask=batch.mask).logp
+    loss = -(logp * adv * batch.mask).sum() / batch.mask.sum()
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0.0)
+    loss.backward()
+    norm = torch.stack([p.grad.square().sum() for p in expected.parameters()]).sum().sqrt()
+    optimizer.step()
+    assert run.run(1).rows[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert norm > 0
+    for a, b in zip(run.model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("task", [ChainSum(3, 5), CalcTool(2, 1)], ids=lambda t: t.key)
+def test_sampling_and_update_agree_on_the_log_probabilities(task):
+    model, tok = small(task)
+    sft(model, tok, task, steps=15, batch=16)
+    run = trainer(task, model, n=4, prompts_per_step=4)
+    batch = run.sample(1)
+    attention = torch.cat((batch.prompt_mask, (batch.turn >= 0).long()), 1)
+    stats = model_token_stats(model, torch.cat((batch.prompt_ids, batch.ids), 1), attention, batch.ids.shape[1], mask=batch.mask)
+    for mine, theirs in ((stats.logp, batch.old_logp), (stats.entropy, batch.entropy), (stats.energy, batch.energy)):
+        assert torch.allclose(mine, theirs, atol=2e-5)
+    row = run.run(1).rows[0]
+    assert abs(row["ratio_max"] - 1) < 1e-4 and abs(row["ratio_min"] - 1) < 1e-4 and row["clip_share"] == 0
+
+
+def test_epochs_make_updates_on_the_same_rollouts_and_clip():
+    model, _, task = half_right()
+    row = trainer(task, model, n=8, prompts_per_step=8, epochs=4, lr=5e-2).run(1).rows[0]
+    assert row["clip_share"] > 0 and row["ratio_max"] > 1.05
+    assert row["tokens"] < 8 * 8 * task.max_new + 1
+
+
+def test_a_subclass_may_weight_tokens_and_report():
+    class Gated(Trainer):
+        outputs = ("logp", "sum_sq", "sum_cube")
+
+        def loss(self, rollouts, adv, stats):
+            assert stats.sum_cube is not None and stats.entropy is None
+            gate = (rollouts.entropy >= 0.5).float() * rollouts.mask
+            loss, metrics = ppo_clip_loss(stats.logp, rollouts.old_logp, adv, rollouts.mask, weight=gate)
+            return loss, metrics | {"gate_share": float(gate.sum() / rollouts.mask.sum()), "tokens": -5.0}
+
+    model, tok, task = half_right()
+    history = Gated(model, tok, task, TrainConfig(prompts_per_step=2, eval_every=9)).run(2)
+    assert np.all(history.column("gate_share") > 0) and np.all(history.column("tokens") > 0)
+
+
+def test_steps_see_the_problems_of_their_seed_and_number_alone():
+    a, b = trainer(seed=3, lr=1e-5), trainer(seed=3, lr=1e-1, estimator="grpo")
+    a.run(2)
+    assert torch.equal(a.sample(7).prompt_ids, b.sample(7).prompt_ids)
+    assert not torch.equal(a.sample(7).prompt_ids, a.sample(8).prompt_ids)
+    assert not torch.equal(trainer(seed=4).sample(7).prompt_ids, b.sample(7).prompt_ids)
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
+    class Broken(Trainer):
+        def loss(self, rollouts, adv, stats):
+            return stats.logp.sum() * math.inf, {}
+
+    task = ChainSum(2, 3)
+    model, tok = small(task)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"the gradient's norm is (nan|inf) at step 1"):
+        Broken(model, tok, task, TrainConfig(prompts_per_step=2)).run(1)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+# ---- stopping and going on ----
+
+def test_more_steps_later_and_a_fresh_trainer_give_the_same_run(tmp_path):
+    whole = trainer(n=3)
+    expected = whole.run(7)
+    parts = trainer(n=3)
+    assert len(parts.run(0)) == 0
+    parts.run(3)
+    assert np.count_nonzero(expected.column("grad_norm")) > 2, "a run without gradients would prove nothing"
+    assert same(parts.run(7), expected) and same_weights(parts.model, whole.model)
+    assert same(parts.run(5), expected), "fewer steps than made: nothing happens"
+    trainer(n=3).run(3, checkpoint=tmp_path)
+    later = trainer(n=3)
+    assert same(later.run(7, checkpoint=tmp_path), expected) and same_weights(later.model, whole.model)
+    assert [f.name for f in tmp_path.iterdir()] == ["trainer.pt"]
+    last = trainer(n=3)
+    assert same(last.run(7, checkpoint=tmp_path), expected) and same_weights(last.model, whole.model)
+
+
+CHILD = """
+    import sys
+    import torch
+    torch.set_num_threads(1)
+    from collai.core.tinylm import TinyLM
+    from collai.rl.tasks import ChainSum
+    from collai.rl.train import TrainConfig, Trainer, sft
+    task = ChainSum(2, 3)
+    tok = task.tokenizer()
+    model = TinyLM(len(tok), hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16, seed=0)
+    sft(model, tok, task, steps=40, batch=16, lr=1e-2)
+    cfg = TrainConfig(n=3, prompts_per_step=2, eval_every=2, eval_prompts=3, lr=1e-2)
+    print("ready", flush=True)
+    Trainer(model, tok, task, cfg).run(int(sys.argv[2]), checkpoint=sys.argv[1])
+"""
+
+
+def child(folder, steps) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(steps)], env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.002)
+
+
+def test_a_killed_process_goes_on_bit_by_bit(tmp_path):
+    """SIGKILL as soon as a state is there, while the run works on; what is left is a whole state."""
+    process = child(tmp_path, 100_000)
+    wait_for(tmp_path / "trainer.pt", process)
+    time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    (tmp_path / "trainer.pt.1.new").write_bytes(b"half a file")
+    done = len(torch.load(tmp_path / "trainer.pt", weights_only=True)["rows"])
+    assert done >= 2 and done % 2 == 0
+    later, whole = trainer(n=3), trainer(n=3)
+    assert same(later.run(done + 3, checkpoint=tmp_path), whole.run(done + 3)) and same_weights(later.model, whole.model)
+    stored = torch.load(tmp_path / "trainer.pt", weights_only=True)
+    for name, state in whole.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(x, stored["optimizer"]["state"][name][key]) for key, x in state.items())
+
+
+def test_a_write_that_breaks_leaves_the_old_state(tmp_path, monkeypatch):
+    run = trainer(n=3)
+    run.run(2, checkpoint=tmp_path)
+    before = (tmp_path / "trainer.pt").read_bytes()
+
+    def broken(state, stream):
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        run.run(4, checkpoint=tmp_path)
+    assert (tmp_path / "trainer.pt").read_bytes() == before
+    monkeypatch.undo()
+    later, whole = trainer(n=3), trainer(n=3)
+    assert same(later.run(4, checkpoint=tmp_path), whole.run(4))
+
+
+def test_ctrl_c_stops_after_the_step_and_stores_it(tmp_path):
+    class Interrupted(Trainer):
+        def loss(self, rollouts, adv, stats):
+            if len(self.history) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(rollouts, adv, stats)
+
+    settings = {"n": 3, "prompts_per_step": 2, "eval_every": 50, "lr": 1e-2}
+    model, tok, task = half_right()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
+        Interrupted(model, tok, task, TrainConfig(**settings)).run(9, checkpoint=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    whole, later = trainer(**settings, eval_prompts=128), trainer(**settings, eval_prompts=128)
+    assert len(torch.load(tmp_path / "trainer.pt", weights_only=True)["rows"]) == 3
+    assert same(later.run(5, checkpoint=tmp_path), whole.run(5)) and same_weights(later.model, whole.model)
+
+
+def test_a_second_ctrl_c_is_not_held_back():
+    class Stubborn(Trainer):
+        def sample(self, step):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().sample(step)
+
+    task = ChainSum(2, 3)
+    model, tok = small(task)
+    run = Stubborn(model, tok, task, TrainConfig())
+    with pytest.raises(KeyboardInterrupt):
+        run.run(3)
+    assert len(run.history) == 0
+
+
+def test_runs_in_a_thread_too():
+    from threading import Thread
+    found = []
+    thread = Thread(target=lambda: found.append(trainer().run(1)))
+    thread.start()
+    thread.join()
+    assert len(found[0]) == 1
+
+
+@pytest.mark.parametrize(("change", "text"), [({"lr": 0.5}, r"has lr = 0\.01, this run has 0\.5"), ({"seed": 1}, "has seed = 0"),
+                                              ({"options": {"leave_one_out": True}}, r"has options = \{\}"),
+                                              ({"task": ChainSum(3, 3)}, "has task = 'chainsum-2-3'")])
+def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_difference(tmp_path, change, text):
+    trainer().run(1, checkpoint=tmp_path)
+    other = trainer(**change)
+    before = {name: x.clone() for name, x in other.model.state_dict().items()}
+    with pytest.raises(ValueError, match=text):
+        other.run(2, checkpoint=tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in other.model.state_dict().items()) and len(other.history) == 0
+
+
+def test_tensors_among_the_options_are_stored_and_compared(tmp_path):
+    @register_advantage("unit_test_table")
+    def table_advantage(rewards, mask, uid, table=None):
+        return get_advantage("rloo")(rewards, mask, uid)
+
+    trainer(estimator="unit_test_table", options={"table": torch.zeros(3)}).run(1, checkpoint=tmp_path)
+    again = trainer(estimator="unit_test_table", options={"table": torch.zeros(3)}).run(1, checkpoint=tmp_path)
+    assert len(again) == 1
+    with pytest.raises(ValueError, match=r"has options = \{'table': \[0.0, 0.0, 0.0\]\}, this run has \{'table': \[0.0, 1.0, 0.0\]\}"):
+        trainer(estimator="unit_test_table", options={"table": torch.tensor([0.0, 1, 0])}).run(1, checkpoint=tmp_path)
+
+
+def test_negative_steps_are_refused():
+    with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
+        trainer().run(-1)
+
+
+# ---- the start ----
+
+@pytest.mark.parametrize("task", [ChainSum(3, 4), CalcTool(2, 1)], ids=lambda t: t.key)
+def test_imitation_learns_and_repeats_itself(task):
+    (a, tok), (b, _) = small(task), small(task)
+    losses = sft(a, tok, task, steps=25, batch=16, seed=5)
+    assert losses.shape == (25,) and losses.dtype == np.float64
+    assert losses[0] == pytest.approx(math.log(len(tok)), abs=0.2) and losses[-1] < 0.85 * losses[0]
+    assert np.array_equal(sft(b, tok, task, steps=25, batch=16, seed=5), losses) and same_weights(a, b)
+
+
+def test_imitation_stops_at_an_accuracy():
+    task = ChainSum(2, 2)
+    model, tok = small(task)
+    losses = sft(model, tok, task, steps=2000, batch=32, lr=1e-2, until=0.7)
+    assert len(losses) < 2000 and len(losses) % 10 == 0 and greedy_accuracy(model, tok, task) >= 0.7
+
+
+def test_what_the_tool_writes_is_context_but_no_target():
+    from collai.rl.train import _demonstration
+    task = CalcTool(2, 1)
+    tok = task.tokenizer()
+    ids, mask = _demonstration(tok, Problem("(3*4)+5=", "17", "<3*4>=12;<12+5>=17;17.", task))
+    assert tok.decode(ids) == "<3*4>=12;<12+5>=17;17." and ids[-1] == tok.eos_token_id
+    assert tok.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "<3*4><12+5>17."
+    with pytest.raises(ValueError, match="the tool answers '=12;' to '<3\\*4>', the demonstration goes on with '=13"):
+        _demonstration(tok, Problem("3*4=", "13", "<3*4>=13;13.", task))
+    with pytest.raises(ValueError, match="problem '3=' has no demonstration"):
+        _demonstration(tok, Problem("3=", "3", "", task))
+
+
+@pytest.mark.parametrize("task", [ChainSum(4), CalcTool(2, 2), CalcTool(3, 1)], ids=lambda t: t.key)
+def test_the_shipped_policies_are_half_right(task):
+    model, tok = warm_start(task)
+    assert len(tok) == model.config["vocab_size"] and 0.3 <= greedy_accuracy(model, tok, task) <= 0.7
+
+
+def test_a_task_without_a_shipped_policy_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"no checkpoint is shipped for 'chainsum-9-7' \(there are: calctool.*chainsum-4-10\)"):
+        warm_start(ChainSum(9, 7))
+
+
+def test_retraining_is_the_training_of_sft(monkeypatch):
+    calls = []
+    monkeypatch.setattr("collai.rl.train.sft", lambda *args, **options: calls.append((args, options)))
+    for task, steps in ((ChainSum(4), 280), (CalcTool(2, 2), 70)):
+        model, tok = warm_start(task, seed=3, retrain=True)
+        assert same_weights(model, TinyLM(len(tok), seed=3)) and calls.pop()[1] == {"seed": 3, "steps": steps}
+
+
+def test_json_of_a_real_run_is_valid(tmp_path):
+    trainer().run(1).to_json(tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text())[0]["accuracy"] is None
