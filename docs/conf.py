@@ -28,7 +28,8 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 
 nb_execution_mode = "off"
 nb_render_markdown_format = "gfm"  # tables in outputs
-suppress_warnings = ["mystnb.unknown_mime_type"]  # claim rows: the table beside them is shown
+suppress_warnings = ["mystnb.unknown_mime_type",  # claim rows: the table beside them is shown
+                     "ref.python"]  # two chains may use one name: the first page is linked
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"  # `name` in a docstring
@@ -37,6 +38,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes, dtypes and units, which hints can't
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # fields of a tuple are documented in its class, once
 
 html_theme = "furo"
 html_title = "collai"
