@@ -75,7 +75,7 @@ class Mini:
                               capture_output=True, timeout=60)
 
 
-def wait_until(true, seconds: float = 20) -> None:
+def wait_until(true, seconds: float = 60) -> None:
     """Wait for something to become true, and fail if it doesn't."""
     end = time.monotonic() + seconds
     while not true():

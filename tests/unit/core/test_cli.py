@@ -179,11 +179,12 @@ def test_a_broken_card_stops_a_run_before_it_starts(here):
 
 def test_ctrl_c_ends_the_kernels_exits_with_130_and_the_same_command_goes_on(here, wait_until, alive):
     here.write("mini/00_a", "open('count', 'a').write('x')")
-    here.write("mini/01_b", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\nwhile not os.path.exists('go'): time.sleep(0.05)")
+    write = "import os, time\nopen('pid.new', 'w').write(str(os.getpid()))\nos.replace('pid.new', 'pid')\n"
+    here.write("mini/01_b", write + "while not os.path.exists('go'): time.sleep(0.05)")
     process, folder = here.start(*CLI, "run"), here.root / "nbs/mini"
     wait_until(lambda: (folder / "pid").exists() and runner.last_run("mini/00_a", root=here.root).get("key"))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.rstrip().endswith("the same command goes on from there")
     assert not alive(int((folder / "pid").read_text())) and not list((here.root / "build/running").rglob("*.ipynb"))
     assert not runner.last_run("mini/01_b", root=here.root)

@@ -224,7 +224,7 @@ def test_an_interrupt_leaves_no_worker(whole_group):
         os.killpg(caller.pid, signal.SIGINT)
     else:
         caller.send_signal(signal.SIGINT)
-    assert caller.wait(timeout=20) != 0
+    assert caller.wait(timeout=60) != 0
     caller.stdout.close()
     assert wait_until_gone(pids | children) == []
 
@@ -233,7 +233,7 @@ def test_an_interrupt_ends_threads():
     caller, pids = start_caller("threads")
     assert pids == {caller.pid}
     caller.send_signal(signal.SIGINT)
-    assert caller.wait(timeout=20) != 0
+    assert caller.wait(timeout=60) != 0
     caller.stdout.close()
 
 

@@ -181,7 +181,7 @@ def test_a_hung_cell_ends_with_the_time_limit_and_its_kernel_with_it(mini, wait_
     result, = run(root=mini.root, timeout=3)
     assert result.error.startswith("nbs/mini/00_a.ipynb, cell 0: CellTimeoutError: ") and "after 3 seconds" in result.error
     pids = [int(pid) for pid in (mini.root / "nbs/mini/pids").read_text().split()]
-    wait_until(lambda: not any(map(alive, pids)), 2)
+    wait_until(lambda: not any(map(alive, pids)), 20)
 
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(mini, cell):
@@ -328,7 +328,7 @@ def test_a_killed_runner_leaves_no_kernel_and_no_socket_and_resumes(mini, wait_u
         os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
     assert len(list(scratch.glob("collai-*"))) == 1
     process.kill()
-    wait_until(lambda: not any(map(alive, [process.pid, *pids])), 5)
+    wait_until(lambda: not any(map(alive, [process.pid, *pids])), 20)
     process.communicate()
     assert not list(scratch.glob("collai-*")) and not last_run("mini/01_b", root=mini.root)
     resumed(mini)
@@ -339,7 +339,7 @@ def test_a_kernel_whose_runner_died_before_it_was_up_ends_by_itself(tmp_path):
     gone.wait()
     command = [sys.executable, "-c", runner._LAUNCH, str(gone.pid), "-f", str(tmp_path / "kernel" / "k.json")]
     kernel = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-    assert kernel.wait(timeout=10) == -signal.SIGKILL
+    assert kernel.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_two_runs_in_one_tree_share_the_work(mini):

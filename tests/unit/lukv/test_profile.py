@@ -492,7 +492,7 @@ def test_a_killed_profile_goes_on_where_it_stopped(tmp_path):
     job = multiprocessing.get_context("fork").Process(target=profile_model, args=(model, Bytes(), pairs, Slow()),
                                                       kwargs={"new_tokens": 2, "cache": tmp_path})
     job.start()
-    for _ in range(1000):
+    for _ in range(6000):
         if len(list(tmp_path.glob("*.npy"))) >= 2:
             break
         time.sleep(0.01)
