@@ -19,8 +19,9 @@ from jaxtyping import Int64, Shaped
 
 from ..core.claims import measure_main
 from ..core.tinylm import TinyLM
-from .training import ARMS, RATES, arrivals, compare, cross_fitted, km_median, run_arms
+from .training import ARMS, RATES, arrivals, compare, cross_fitted, km_median
 from ..rl.adv import check_tokens, get_advantage
+from ..rl.runs import run_arms
 from ..rl.tasks import CalcTool
 from ..rl.train import TrainConfig, warm_start
 

@@ -11,16 +11,10 @@ import math
 import torch
 from jaxtyping import Float, Shaped
 
-from .adv import check_tokens
+from .adv import check_option, check_tokens
 
 # %% ../../nbs/rl/02_losses.ipynb #c530cbe4
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-sum-norm")
-
-
-def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse an unknown option with the list of the known ones."""
-    if value not in allowed:
-        raise ValueError(f"unknown {what} {value!r}, use one of {', '.join(map(repr, allowed))}")
 
 
 def _clean(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -67,7 +61,7 @@ _MAX_LOG_RATIO = 60.0  # beyond every clip; exp(60) times an advantage is still 
 
 def _check_clip(clip_low: float | int, clip_high: float | int, dual_clip: float | int | None, agg: str) -> None:
     """Check the options of the clipped loss."""
-    _one_of("aggregation", agg, AGGREGATIONS)
+    check_option("aggregation", agg, *AGGREGATIONS)
     if not 0 <= clip_low < 1:
         raise ValueError(f"clip_low must be in [0, 1), got {clip_low}")
     if not clip_high >= 0:
@@ -141,7 +135,7 @@ def aggregate(x: Float[torch.Tensor, "B T"], mask: Shaped[torch.Tensor, "B T"], 
     ValueError
         On an unknown mode, a scale that is not positive, a bad mask, or different shapes.
     """
-    _one_of("aggregation", mode, AGGREGATIONS)
+    check_option("aggregation", mode, *AGGREGATIONS)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     valid = check_tokens(mask)
@@ -176,7 +170,7 @@ def sft_loss(logp: Float[torch.Tensor, "B T"], mask: Shaped[torch.Tensor, "B T"]
     ValueError
         On an unknown mode, different shapes, a bad mask, or a non-finite number on a valid token.
     """
-    _one_of("aggregation", agg, AGGREGATIONS)
+    check_option("aggregation", agg, *AGGREGATIONS)
     valid = check_tokens(mask, logp=logp, weight=weight)
     x = _clean(logp, valid)
     nll, tokens = -_reduce(x.detach(), valid, "token-mean"), valid.sum()
@@ -240,8 +234,8 @@ def rollout_weights(old_logp: Float[torch.Tensor, "B T"], rollout_logp: Float[to
         On an unknown level or mode, a cap that is not positive, different shapes, a bad mask, or a non-finite number
         on a valid token.
     """
-    _one_of("level", level, ("token", "sequence"))
-    _one_of("mode", mode, ("truncate", "mask"))
+    check_option("level", level, "token", "sequence")
+    check_option("mode", mode, "truncate", "mask")
     if not cap > 0:
         raise ValueError(f"cap must be positive, got {cap}")
     valid = check_tokens(mask, old_logp=old_logp, rollout_logp=rollout_logp)

@@ -347,11 +347,22 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
+def _prompt_and_demo(row: dict[str, Any]) -> tuple[Any, str, bool]:
+    """Prompt and demonstration of a row, and whether it is a transcript of an expert (`messages`)."""
+    talk: Any = row.get("messages")
+    if row.get("prompt") is not None or talk is None:
+        return row.get("prompt"), str(row.get("demo") or ""), False
+    last = talk[-1] if isinstance(talk, list) and len(talk) > 1 else None
+    if not (isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str)):
+        raise ValueError(f"messages must be a chat that the assistant ends, got {talk!r}")
+    return talk[:-1], last["content"], True
+
+
 def _problem(row: Any) -> Problem:
     """Make a problem of one row, or raise ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {row!r}")
-    prompt: Any = row.get("prompt")
+    prompt, demo, expert = _prompt_and_demo(row)
     chat = isinstance(prompt, list)
     if chat and not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
                         for m in prompt):
@@ -362,10 +373,10 @@ def _problem(row: Any) -> Problem:
     for name, value in (("reward_model", judge), ("extra_info", extra)):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object, got {value!r}")
-    answer = row["answer"] if row.get("answer") is not None else judge.get("ground_truth")
+    answer = row["answer"] if row.get("answer") is not None else judge.get("ground_truth", "" if expert else None)
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"answer or reward_model.ground_truth must be text or a number, got {answer!r}")
-    return Problem(prompt, str(answer), str(row.get("demo") or ""), None, str(row.get("data_source") or ""), extra)
+    return Problem(prompt, str(answer), demo, None, str(row.get("data_source") or ""), extra)
 
 # %% ../../nbs/rl/04_tasks.ipynb #2c1d9156
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -393,7 +404,8 @@ def load_prompts(path: str | os.PathLike[str]) -> list[Problem]:
     ----------
     path : str or path-like
         Columns: ``prompt`` (text or chat messages), ``answer`` or ``reward_model`` with its field ``ground_truth``; optional
-        ``data_source``, ``extra_info``, ``demo``.
+        ``data_source``, ``extra_info``, ``demo``. In place of ``prompt`` and ``demo``: ``messages``, a chat whose last
+        message, the assistant's, is the demonstration; then the answer is optional, too.
 
     Returns
     -------

@@ -29,14 +29,14 @@ from collai.otb.training import (
     large_study,
     late_gradient,
     main,
-    run_arms,
     stability,
     stored_arrivals,
     study,
     tokens_to_target,
 )
+from collai.rl.runs import run_arms
 from collai.rl.tasks import CalcTool, ChainSum
-from collai.rl.train import History, TrainConfig, Trainer, sft
+from collai.rl.train import History, TrainConfig, sft
 
 TINY = ChainSum(2, 3)
 FAST = {"prompts_per_step": 2, "eval_every": 2, "eval_prompts": 4, "lr": 1e-2}
@@ -132,48 +132,6 @@ def test_tables_refuse_what_cannot_be_compared():
 
 
 # ---- runs ----
-
-def test_runs_are_those_of_the_trainer_and_resume_from_their_folder(policy, tmp_path):
-    arms = {"otb": FAST, "mean": TrainConfig(estimator="grpo", options={"scale": "none"}, **FAST)}
-    options = {"seeds": [0, 7], "steps": 4, "start": policy}
-    found = run_arms(arms, TINY, **options)
-    alone = Trainer(copy.deepcopy(policy), TINY.tokenizer(), TINY, TrainConfig(seed=7, **FAST)).run(4)
-    assert np.array_equal(found["otb"][1].column("grad_norm"), alone.column("grad_norm"))
-    assert list(found) == ["otb", "mean"] and all(len(h) == 4 for hs in found.values() for h in hs)
-    assert run_arms(arms, TINY, seconds=-1, folder=tmp_path, **options) == {"otb": [None] * 2, "mean": [None] * 2}
-    run_arms({"otb": FAST}, TINY, folder=tmp_path, **options)
-    assert len(list(tmp_path.glob("*.json"))) == 2
-    kept = run_arms(arms, TINY, seconds=-1, folder=tmp_path, **options)
-    assert kept["mean"] == [None, None] and np.array_equal(kept["otb"][1].column("reward"), alone.column("reward"))
-    other = run_arms({"otb": FAST}, TINY, seconds=-1, folder=tmp_path, **(options | {"steps": 5}))
-    assert other["otb"] == [None, None], "another budget is another run"
-
-
-def test_a_run_out_of_time_goes_on_where_it_was(policy, tmp_path, monkeypatch):
-    ticks = iter([0.0, 0.0, 0.0, 9.0, *[0.0] * 50])  # start, begin of the cell, one look in time, one late
-    monkeypatch.setattr(training.time, "time", lambda: next(ticks))
-    options = {"seeds": [3], "steps": 6, "start": policy, "folder": tmp_path, "seconds": 5.0}
-    assert run_arms({"a": FAST}, TINY, **options)["a"] == [None]
-    (state,) = tmp_path.iterdir()
-    assert len(torch.load(state / "trainer.pt", weights_only=True)["rows"]) == 2
-    (late,) = run_arms({"a": FAST}, TINY, **options)["a"]
-    (whole,) = run_arms({"a": FAST}, TINY, seeds=[3], steps=6, start=policy)["a"]
-    assert np.array_equal(late.column("grad_norm"), whole.column("grad_norm")) and len(late) == 6
-    assert not state.exists() and [f.suffix for f in tmp_path.iterdir()] == [".json"]
-
-
-def test_runs_end_at_tokens_or_target(policy):
-    (by_tokens,) = run_arms({"a": FAST}, TINY, seeds=[0], steps=99, tokens=100, start=policy)["a"]
-    used = by_tokens.column("tokens")
-    assert used[-1] >= 100 and used[-3] < 100 and len(by_tokens) % 2 == 0
-
-    class Lucky(Trainer):
-        def evaluate(self):
-            return 0.5 + 0.1 * len(self.history)
-
-    (by_target,) = run_arms({"a": FAST}, TINY, seeds=[0], steps=99, target=0.8, start=policy, make=Lucky)["a"]
-    assert len(by_target) == 4
-
 
 def test_compare_gives_a_row_an_arm(policy):
     table = compare({"otb": FAST, "grpo": {"estimator": "grpo", **FAST}}, TINY, seeds=[0, 1], target=1.0, steps=2, start=policy)

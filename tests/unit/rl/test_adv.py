@@ -421,7 +421,7 @@ def test_the_registry_takes_new_names_only(monkeypatch):
     assert register_advantage("mine")(rloo_advantage) is rloo_advantage and get_advantage("mine") is rloo_advantage
     with pytest.raises(ValueError, match="advantage 'otb' is already registered"):
         register_advantage("otb")(rloo_advantage)
-    with pytest.raises(ValueError, match="unknown advantage 'gae', use one of 'grpo', 'rloo', 'opo', 'otb', 'mine'"):
+    with pytest.raises(ValueError, match="unknown advantage 'gae', use one of 'grpo', 'rloo', 'opo', 'otb', .*'mine'"):
         get_advantage("gae")
 
 

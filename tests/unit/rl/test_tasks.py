@@ -120,7 +120,18 @@ def test_plain_rows_are_read_and_make_a_task(tmp_path):
     assert task.step("4.") is None and task.tokenizer().encode("2+2=é4.")
 
 
+def test_an_expert_s_chat_ends_in_its_demonstration(tmp_path):
+    talk = [{"role": "user", "content": "1/2+1/4?"}, {"role": "assistant", "content": "\\boxed{3/4}"}]
+    pandas.DataFrame([{"messages": talk, "answer": "3/4"}]).to_parquet(tmp_path / "a.parquet")
+    (table,) = load_prompts(tmp_path / "a.parquet")
+    with_answer, without = load_prompts(write(tmp_path / "a.jsonl", {"messages": talk, "answer": "3/4"}, {"messages": talk}))
+    assert with_answer == table == Problem(talk[:1], "3/4", "\\boxed{3/4}") and without == Problem(talk[:1], "", "\\boxed{3/4}")
+
+
 @pytest.mark.parametrize(("row", "reason"), [
+    *[({"messages": m, "answer": "1"}, "line 2: messages must be a chat that the assistant ends, got")
+      for m in ("hi", [], [{"role": "assistant", "content": "1"}], [{"role": "user", "content": "1"}] * 2, ["a", "b"])],
+    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "1"}]}, "chat messages need role and content"),
     ("{'prompt'", r"line 2: no JSON \(.* at column 2\)"), ("3", "line 2: a row must be an object, got 3"),
     ({"answer": "1"}, "line 2: prompt must be text or chat messages and not empty, got None"),
     ({"prompt": "", "answer": "1"}, "not empty, got ''"), ({"prompt": [], "answer": "1"}, r"not empty, got \[\]"),

@@ -16,11 +16,22 @@ import pytest
 import torch
 
 from collai.core.tinylm import TinyLM
+from collai.rl import train
 from collai.rl.adv import get_advantage, register_advantage
 from collai.rl.losses import ppo_clip_loss
 from collai.rl.stats import model_token_stats
 from collai.rl.tasks import CalcTool, ChainSum, Problem
-from collai.rl.train import COLUMNS, History, TrainConfig, Trainer, gradient_proxies, greedy_accuracy, sft, warm_start
+from collai.rl.train import (
+    COLUMNS,
+    History,
+    TrainConfig,
+    Trainer,
+    demonstration_logps,
+    gradient_proxies,
+    greedy_accuracy,
+    sft,
+    warm_start,
+)
 
 TIMELESS = [name for name in COLUMNS if name != "seconds"]
 
@@ -394,6 +405,53 @@ def test_imitation_stops_at_an_accuracy():
     model, tok = small(task)
     losses = sft(model, tok, task, steps=2000, batch=32, lr=1e-2, until=0.7)
     assert len(losses) < 2000 and len(losses) % 10 == 0 and greedy_accuracy(model, tok, task) >= 0.7
+
+
+def test_an_imitation_that_is_stopped_anywhere_goes_on_bit_by_bit(tmp_path, monkeypatch):
+    task, options = ChainSum(2, 3), {"batch": 8, "seed": 2}
+    (whole, tok), (cut, _) = small(task), small(task)
+    losses = sft(whole, tok, task, steps=25, **options)
+    assert np.array_equal(sft(cut, tok, task, steps=7, checkpoint=tmp_path, **options), losses[:7])
+    again = small(task, seed=9)[0]  # other weights: all comes from the file
+    drawn, demonstrated = [], train.demonstration_logps
+
+    def stopping(*args):
+        drawn.append(1)
+        if len(drawn) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return demonstrated(*args)
+
+    monkeypatch.setattr(train, "demonstration_logps", stopping)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 13"):
+        sft(again, tok, task, steps=25, checkpoint=tmp_path, **options)
+    last = small(task, seed=8)[0]
+    assert np.array_equal(sft(last, tok, task, steps=25, checkpoint=tmp_path, **options), losses) and len(drawn) == 6 + 12
+    assert same_weights(last, whole)
+    assert np.array_equal(sft(small(task)[0], tok, task, steps=25, checkpoint=tmp_path, **options), losses) and len(drawn) == 18
+    with pytest.raises(ValueError, match=r"has batch = 8, this run has 9"):
+        sft(last, tok, task, steps=25, checkpoint=tmp_path, batch=9, seed=2)
+
+
+def test_an_imitation_that_reached_its_accuracy_stays_there(tmp_path):
+    task, options = ChainSum(2, 2), {"steps": 2000, "batch": 32, "lr": 1e-2, "until": 0.7}
+    model, tok = small(task)
+    losses = sft(model, tok, task, checkpoint=tmp_path, **options)
+    assert np.array_equal(sft(small(task)[0], tok, task, checkpoint=tmp_path, **options), losses)
+
+
+def test_demonstrations_are_scored_as_each_alone():
+    task = CalcTool(2, 1)
+    model, tok = small(task)
+    problems = [task.sample(np.random.default_rng(i)) for i in range(3)]
+    logp, mask = demonstration_logps(model, tok, problems)
+    for problem, row, valid in zip(problems, logp, mask, strict=True):
+        ids = [*tok.encode(problem.prompt + problem.demo), tok.eos_token_id]
+        full = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
+        start = len(tok.encode(problem.prompt)) - 1
+        alone = full[range(start, len(ids) - 1), ids[start + 1:]]
+        said = valid[:len(alone)].bool()
+        assert torch.allclose(row[:len(alone)][said], alone[said], atol=1e-5) and not valid[len(alone):].any()
+    assert logp.requires_grad and (row[~valid.bool()] == 0).all()
 
 
 def test_what_the_tool_writes_is_context_but_no_target():
