@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collai.core import parallel
-from collai.core.parallel import item_seed, pmap
+from collai.core.parallel import imap_unordered, item_seed, pmap
 
 SCRIPT = r"""
 import os, sys, time
@@ -94,6 +94,30 @@ def test_processes_give_the_plain_loop(workers):
     expected = [draw(size, item_seed(5, i)) for i, size in enumerate(sizes)]
     assert pmap(draw, sizes, workers=workers, seed=5) == expected
     assert pmap(draw, (size for size in sizes), workers=workers, seed=5) == expected
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("local", 1), ("local", 2), ("threads", 3)])
+def test_results_that_come_as_they_finish_are_those_of_the_plain_loop(engine, workers):
+    sizes = [7 * i % 13 for i in range(20)]
+    came = list(imap_unordered(draw, sizes, engine=engine, workers=workers, seed=5))
+    assert dict(came) == {i: draw(size, item_seed(5, i)) for i, size in enumerate(sizes)} and len(came) == 20
+
+
+def test_a_slow_item_blocks_no_other():
+    came = imap_unordered(lambda x: time.sleep(1.5 if x == 0 else 0), range(3), engine="threads", workers=2)
+    assert [i for i, _ in came] == [1, 2, 0]
+
+
+def test_results_that_come_as_they_finish_are_refused_at_once_and_errors_name_their_item():
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+        imap_unordered(square, [1], workers=0)
+    with pytest.raises(TypeError, match="fn must be callable"):
+        imap_unordered(3, [1])
+    came = imap_unordered(reciprocal, [1, 0, 2], workers=1)
+    assert next(came) == (0, 1.0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(came)
+    assert "pmap: item 1" in caught.value.__notes__
 
 
 def test_default_worker_numbers_give_the_plain_loop():
