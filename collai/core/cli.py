@@ -216,6 +216,16 @@ def report_(open_: Annotated[bool, typer.Option("--open", help="Show it in the b
         typer.echo(f"report: {os.path.relpath(page)}")
 
 
+def _refuse_stale(root: Path) -> None:
+    """Refuse a table that is not that of quick runs of all notebooks with their own parameters."""
+    from collai.core import cards, runner
+
+    on_cards = [entry["path"] for card in cards.load_all(root).values() for entry in card.get("notebooks", ())]
+    stale = [name for name in on_cards if runner.last_run(name, root=root).get("key") != runner.run_key(name, root=root)]
+    if stale:
+        raise ValueError(f"README.md is written from quick runs with default parameters; not up to date: {', '.join(stale)} (collai run)")
+
+
 def _claim_differences(table: Sequence[Mapping[str, Any]], root: Path) -> list[str]:
     """List where cards, notebooks, packed cards and README disagree."""
     from collai.core import cards, report
@@ -250,6 +260,8 @@ def claims_(
                 raise _complain("\n".join(differences), 1)
             typer.echo(f"{len(table)} claims: cards, notebooks and README.md agree")
             return
+        if write_readme:
+            _refuse_stale(root)
         file = report.write_claims(root=root)
         if json_:
             typer.echo(file.read_text(encoding="utf-8"), nl=False)

@@ -335,6 +335,8 @@ class _Decoder(nn.Module):
     def forward(self, input_ids: Int[torch.Tensor, "B T"], attention_mask: torch.Tensor | None = None,
                 position_ids: Int[torch.Tensor, "B T"] | None = None, past_key_values: KVCache | None = None,
                 use_cache: bool = False) -> HiddenOutput:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be (B, T), got shape {tuple(input_ids.shape)}")
         (b, t), cache, c = input_ids.shape, past_key_values, self.config
         if cache is None and use_cache:
             cache = KVCache(self, b, 2 * t)
