@@ -28,7 +28,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={"": ["data/*", "*.json", "*.mplstyle", "*.npz", "*.safetensors"]},
+    package_data={"": ["data/*", "py.typed", "*.json", "*.mplstyle", "*.npz", "*.safetensors"]},
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements"), **extras},
     entry_points={

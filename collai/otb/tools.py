@@ -14,13 +14,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int64, Shaped
 
 from ..core.claims import measure_main
 from ..core.tinylm import TinyLM
 from .training import ARMS, RATES, arrivals, compare, cross_fitted, km_median
-from ..rl.adv import check_tokens, get_advantage
+from ..rl.adv import check_option, check_tokens, get_advantage, group_index
 from ..rl.runs import run_arms
 from ..rl.tasks import CalcTool
 from ..rl.train import TrainConfig, warm_start
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% ../../nbs/otb/03_tools.ipynb #22c4ea14
-def comparators(mask: Shaped[torch.Tensor, "B T"], uid: Sequence[Hashable], *,
+def comparators(mask: Shaped[torch.Tensor, "B T"], uid: Sequence[Hashable] | np.ndarray | torch.Tensor, *,
                 align: str = "token") -> Int64[torch.Tensor, "B T"]:
     """Count, for every token, the other rollouts of its group with a token of the same index.
 
@@ -38,7 +39,7 @@ def comparators(mask: Shaped[torch.Tensor, "B T"], uid: Sequence[Hashable], *,
     ----------
     mask : torch.Tensor (B, T)
         1 where the model produced a valid token.
-    uid : sequence of hashables, length B
+    uid : sequence of hashables, array or tensor, length B
         Rows with equal entries are rollouts of one prompt.
     align : {"token", "position"}
         Index of a token: how many generated tokens stand before it, or its column.
@@ -52,21 +53,21 @@ def comparators(mask: Shaped[torch.Tensor, "B T"], uid: Sequence[Hashable], *,
     ------
     ValueError
         On an unknown alignment, a bad mask, or a number of entries in `uid` other than B.
+    TypeError
+        If an entry of `uid` is not hashable.
 
     Notes
     -----
     The q of Lemma 3 in the notebook ``otb/03_tools``.
     """
-    if align not in ("token", "position"):
-        raise ValueError(f"unknown align {align!r}, use one of 'token', 'position'")
+    check_option("align", align, "token", "position")
     valid = check_tokens(mask)
     if len(uid) != len(valid):
         raise ValueError(f"uid has length {len(uid)}, mask shape {tuple(valid.shape)}: one entry a row is needed")
-    rows = {u: i for i, u in enumerate(dict.fromkeys(uid))}
-    group = torch.tensor([rows[u] for u in uid], dtype=torch.int64, device=valid.device)[:, None]
+    group = group_index(uid, len(valid)).to(valid.device)[:, None]
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     index = group * valid.shape[1] + (column if align == "position" else (valid.cumsum(1) - 1).clamp(min=0))
-    count = torch.bincount(index[valid], minlength=max(len(rows), 1) * valid.shape[1])
+    count = torch.bincount(index[valid], minlength=max(len(valid), 1) * valid.shape[1])
     return torch.where(valid, count[index] - 1, 0)
 
 # %% ../../nbs/otb/03_tools.ipynb #80a7523f

@@ -25,6 +25,7 @@ from scipy.stats import CensoredData, logrank
 from ..core.claims import save_results
 from ..core.tinylm import TinyLM
 from ..eval.stats import bootstrap_mean, resample_counts
+from ..rl.adv import check_integer
 from ..rl.runs import accuracy_at, cross_fit, evaluations, run_arms
 from ..rl.tasks import CalcTool, ChainSum
 from ..rl.train import History, TrainConfig, Trainer, greedy_accuracy, sft, warm_start
@@ -85,7 +86,7 @@ def km_median(tokens: Float64[np.ndarray, " runs"], reached: Bool[np.ndarray, " 
 
     Notes
     -----
-    Equation (otb.2.2) of the notebook ``otb/02_training``; Kaplan and Meier (1958).
+    Equation (otb.2.3) of the notebook ``otb/02_training``; Kaplan and Meier (1958).
     """
     if len(tokens) == 0:
         raise ValueError("a median needs at least one run, got 0")
@@ -154,6 +155,15 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 # %% ../../nbs/otb/02_training.ipynb #32bf40e3
+def _reference(arms: Mapping[str, Any], reference: str | None) -> str:
+    """Name of the arm that the others are compared with; None: the first."""
+    if not arms:
+        raise ValueError("at least one arm is needed, got none")
+    if reference is not None and reference not in arms:
+        raise ValueError(f"reference must be one of {list(arms)}, got {reference!r}")
+    return next(iter(arms)) if reference is None else reference
+
+# %% ../../nbs/otb/02_training.ipynb #7c2e9a15
 def arm_table(arms: Mapping[str, Arrivals], *, reference: str | None = None, n_boot: int = 2_000,
               seed: int = 0) -> "DataFrame":
     """Compare arms by tokens to target.
@@ -170,8 +180,9 @@ def arm_table(arms: Mapping[str, Arrivals], *, reference: str | None = None, n_b
     Returns
     -------
     pandas.DataFrame
-        A row an arm: ``runs``; ``median`` with ``lo``, ``hi`` (95 %), in tokens, inf if not reached; ``censored_share``; ``saved`` with
-        ``saved_lo``, ``saved_hi``: share of the reference's median; ``p_logrank`` against the reference.
+        A row an arm: ``runs``; ``median`` with ``lo``, ``hi`` (95 %), in tokens, inf if not reached; ``censored_share``;
+        ``saved`` with ``saved_lo``, ``saved_hi``: share of the reference's median; ``p_logrank`` against the reference,
+        which takes the arms' runs for independent.
 
     Raises
     ------
@@ -179,12 +190,10 @@ def arm_table(arms: Mapping[str, Arrivals], *, reference: str | None = None, n_b
         If there is no arm or run, arms differ in their number of runs, or the reference is unknown.
     """
     import pandas as pd
-    reference = next(iter(arms), None) if reference is None else reference
-    if reference is None or reference not in arms:
-        raise ValueError(f"reference must be one of {list(arms)}, got {reference!r}")
+    b = arms[_reference(arms, reference)]
     if len(sizes := {len(a.tokens) for a in arms.values()}) > 1 or 0 in sizes:
         raise ValueError(f"arms need the same seeds, at least one, got {[len(a.tokens) for a in arms.values()]} runs")
-    b, counts = arms[reference], resample_counts(sizes.pop(), n_boot, seed)
+    counts = resample_counts(sizes.pop(), n_boot, seed)
     base, base_drawn = km_median(*b), km_median(*b, counts)
     rows = {}
     for name, a in arms.items():
@@ -218,13 +227,16 @@ def compare(arms: Mapping[str, TrainConfig | Mapping[str, Any]], task: Any, *, s
     Raises
     ------
     ValueError
-        If the target is not in (0, 1], or there is no arm or seed.
+        Before anything is trained: if the target is not in (0, 1], there is no arm, seed or step, or the reference is unknown.
     TimeoutError
         If time was up (`seconds`) before all runs ended.
     """
     if not 0 < target <= 1:
         raise ValueError(f"target must be in (0, 1], got {target}")
-    runs = run_arms(arms, task, seeds=seeds, steps=steps, target=target, **options)
+    if not (seeds := list(seeds)):
+        raise ValueError("at least one seed is needed, got none")
+    reference, n_boot = _reference(arms, reference), check_integer("n_boot", n_boot, 1)
+    runs = run_arms(arms, task, seeds=seeds, steps=check_integer("steps", steps, 1), target=target, **options)
     if missing := sum(h is None for hs in runs.values() for h in hs):
         raise TimeoutError(f"{missing} of {sum(map(len, runs.values()))} runs are not finished; call again with the same folder")
     whole = {name: [h for h in hs if h is not None] for name, hs in runs.items()}

@@ -6,8 +6,8 @@
 __all__ = ['GradientNorms', 'token_gradient_norms', 'paired_gradient_variance', 'variance_metrics', 'measure']
 
 # %% ../../nbs/otb/01_proxy.ipynb #c535e225
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,17 @@ from tqdm import tqdm
 
 from ..core.claims import measure_main
 from ..eval.stats import resample_counts
-from .theory import _estimate, _whole
-from ..rl.adv import Advantage
+from .theory import estimate_advantages
+from ..rl.adv import Advantage, group_index, rloo_advantage
 from ..rl.buffer import Rollouts
 from ..rl.sample import generate
 from ..rl.stats import TokenStats, model_token_stats
 from ..rl.tasks import ChainSum
 from ..rl.train import gradient_proxies, warm_start
+
+# %% ../../nbs/otb/01_proxy.ipynb #b1f7a2d0
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../../nbs/otb/01_proxy.ipynb #2ed64335
 class GradientNorms(NamedTuple):
@@ -41,12 +45,6 @@ class GradientNorms(NamedTuple):
     token: Float64[torch.Tensor, "B T"]
     head: Float64[torch.Tensor, "B T"]
     prefix: Float64[torch.Tensor, "B T"]
-
-
-def _inputs(rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, P + T) and what may be attended to."""
-    seen = (rollouts.turn >= 0).to(rollouts.prompt_mask.dtype)
-    return torch.cat([rollouts.prompt_ids, rollouts.ids], dim=1), torch.cat([rollouts.prompt_mask, seen], dim=1)
 
 # %% ../../nbs/otb/01_proxy.ipynb #26a19aa6
 def token_gradient_norms(model: torch.nn.Module, rollouts: Rollouts) -> GradientNorms:
@@ -77,7 +75,7 @@ def token_gradient_norms(model: torch.nn.Module, rollouts: Rollouts) -> Gradient
     found = torch.zeros(3, *rollouts.ids.shape, dtype=torch.float64)
     for row in tqdm(range(len(rollouts.uid)), desc="rows", disable=None):
         one = rollouts.select([row])
-        ids, seen = _inputs(one)
+        ids, seen = one.inputs()
         place = (seen.cumsum(1) - 1).clamp(min=0)
         logits = model(ids, attention_mask=seen, position_ids=place).logits[0, -one.ids.shape[1] - 1:-1]
         logp, total = torch.log_softmax(logits, dim=-1).gather(1, one.ids[0][:, None])[:, 0], None
@@ -88,21 +86,36 @@ def token_gradient_norms(model: torch.nn.Module, rollouts: Rollouts) -> Gradient
             found[:, row, t] = torch.stack([flat.square().sum(), s[head[0]].double().square().sum(), total.square().sum()])
     return GradientNorms(*found)
 
+# %% ../../nbs/otb/01_proxy.ipynb #c2d5e8a1
+def _response(model: torch.nn.Module, rollouts: Rollouts
+              ) -> tuple[Float[torch.Tensor, "B T V"], Float[torch.Tensor, "B T d"]]:
+    """Logits that the tokens of the response were drawn from, and the states before the output layer."""
+    ids, seen = rollouts.inputs()
+    with torch.no_grad():
+        place = (seen.cumsum(1) - 1).clamp(min=0)
+        hidden = model.base_model(ids, attention_mask=seen, position_ids=place).last_hidden_state
+        hidden = hidden[:, -rollouts.ids.shape[1] - 1:-1]
+        return model.get_output_embeddings()(hidden), hidden
+
 # %% ../../nbs/otb/01_proxy.ipynb #2e642e4c
+def _mid_ranks(x: np.ndarray, w: Float64[np.ndarray, "R n"]) -> Float64[np.ndarray, "R n"]:
+    """Ranks of values of which each stands w times, for every row of counts; equal values share their mean rank."""
+    values, at = np.unique(x, return_inverse=True)
+    order = np.argsort(at, kind="stable")
+    sums = np.add.reduceat(w[:, order], np.searchsorted(at[order], np.arange(len(values))), axis=1)
+    return (sums.cumsum(axis=1) - (sums - 1) / 2)[:, at]
+
+
 def _rank_correlations(pairs: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray, n_boot: int = 500,
                        seed: int = 0) -> list[tuple[float, float, float]]:
     """Spearman correlations of tokens with 95 % limits; rows (n,) tells the answer of each token, answers are drawn."""
-    from scipy.stats import rankdata
-    draws = resample_counts(int(rows.max()) + 1, n_boot, seed)[:, rows]
-
-    def spearman(x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
-
-    found = []
-    for x, y in pairs:
-        boot = [spearman(np.repeat(x, w), np.repeat(y, w)) for w in draws]
-        lo, hi = np.quantile(boot, [0.025, 0.975])
-        found.append((spearman(x, y), float(lo), float(hi)))
+    w = np.concatenate([np.ones((1, len(rows))), resample_counts(int(rows.max()) + 1, n_boot, seed)[:, rows]])
+    middle, found = (w.sum(axis=1, keepdims=True) + 1) / 2, []
+    for pair in pairs:
+        x, y = (_mid_ranks(values, w) - middle for values in pair)
+        rho = (w * x * y).sum(axis=1) / np.sqrt((w * x * x).sum(axis=1) * (w * y * y).sum(axis=1))
+        lo, hi = np.quantile(rho[1:], [0.025, 0.975])
+        found.append((float(rho[0]), float(lo), float(hi)))
     return found
 
 
@@ -116,18 +129,20 @@ def _proxy_pairs(energy: torch.Tensor, hidden_sq: torch.Tensor, norms: GradientN
     return {name: (x[valid].numpy(), y[valid].numpy()) for name, (x, y) in pairs.items()}
 
 # %% ../../nbs/otb/01_proxy.ipynb #3ac0179a
-_Estimators = Mapping[str, Mapping[str, Any] | Callable[..., Any]]
+_Estimators = Mapping[str, Mapping[str, Any] | Callable[..., Any]] | Sequence[str]
 
 
 def _advantages(rollouts: Rollouts, estimators: _Estimators) -> dict[str, Float[torch.Tensor, "B T"]]:
     """Advantages by name; an option ``estimator`` names the registered one where the name itself does not."""
-    if not estimators:
+    names = [estimators] if isinstance(estimators, str) else list(estimators)
+    if not names:
         raise ValueError("estimators is empty; name at least one, the first is the reference")
     found = {}
-    for name, how in estimators.items():
+    for name in names:
+        how = estimators[name] if isinstance(estimators, Mapping) else {}
         options = {} if callable(how) else dict(how)
         which = how if callable(how) else options.pop("estimator", name)
-        adv = _estimate(which, options, rollouts.rewards, rollouts.mask, rollouts.uid, rollouts.energy)
+        adv = estimate_advantages(which, options, rollouts.rewards, rollouts.mask, rollouts.uid, rollouts.energy)
         if adv.shape != rollouts.ids.shape or not torch.isfinite(adv).all():
             raise ValueError(f"estimator {name!r} must give finite {tuple(rollouts.ids.shape)}, got {tuple(adv.shape)}")
         found[name] = adv.detach().float()
@@ -138,15 +153,14 @@ def _group_gradients(model: torch.nn.Module, rollouts: Rollouts, advantages: Map
                      ) -> Float[torch.Tensor, "E G P"]:
     """Gradient of each group under each estimator: one forward pass a group, one backward pass an estimator."""
     weights = [w for w in model.parameters() if w.requires_grad]
-    members: dict[Any, list[int]] = {}
-    for row, uid in enumerate(rollouts.uid):
-        members.setdefault(uid, []).append(row)
-    if len(members) < 2:
-        raise ValueError(f"a variance needs at least 2 groups, got {len(members)}")
-    found = torch.empty(len(advantages), len(members), sum(w.numel() for w in weights))
-    for j, rows in enumerate(tqdm(members.values(), desc="groups", disable=None)):
+    which = group_index(rollouts.uid, len(rollouts))
+    if (count := len(which.unique())) < 2:
+        raise ValueError(f"a variance needs at least 2 groups, got {count}")
+    found = torch.empty(len(advantages), count, sum(w.numel() for w in weights))
+    for j in tqdm(range(count), desc="groups", disable=None):
+        rows = (which == j).nonzero()[:, 0]
         group = rollouts.select(rows)
-        logp = model_token_stats(model, *_inputs(group), group.ids.shape[1], mask=group.mask, outputs=("logp",)).logp
+        logp = model_token_stats(model, *group.inputs(), group.ids.shape[1], mask=group.mask, outputs=("logp",)).logp
         for i, adv in enumerate(advantages.values()):
             g = torch.autograd.grad(logp, weights, adv[rows].to(logp) / len(rows), retain_graph=i + 1 < len(advantages))
             found[i, j] = torch.cat([x.ravel() for x in g])
@@ -155,11 +169,13 @@ def _group_gradients(model: torch.nn.Module, rollouts: Rollouts, advantages: Map
 # %% ../../nbs/otb/01_proxy.ipynb #457b23e9
 def _moments(gram: Float64[np.ndarray, "G G"], cross: Float64[np.ndarray, "G G"], w: Float64[np.ndarray, "R G"]
              ) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
-    """Total variance (otb.1.3), and the inner product of the mean with the reference's mean, for rows of counts."""
+    """Total variance (otb.1.3), and product of the mean with the reference's mean (otb.1.4), for rows of counts."""
     n = len(gram)
     variance = (w @ np.diag(gram) - np.einsum("rj,jk,rk->r", w, gram, w, optimize=True) / n) / (n - 1)
     variance[1:] *= n / (n - 1)
-    return variance, np.einsum("rj,jk,rk->r", w, cross, w, optimize=True) / n**2
+    product = np.einsum("rj,jk,rk->r", w, cross, w, optimize=True) - w**2 @ np.diag(cross)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of one group only has no pair
+        return variance, product / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
 
 
 def _limits(values: Float64[np.ndarray, " R"]) -> tuple[float, float, float]:
@@ -170,7 +186,7 @@ def _limits(values: Float64[np.ndarray, " R"]) -> tuple[float, float, float]:
 
 # %% ../../nbs/otb/01_proxy.ipynb #dc047f7c
 def paired_gradient_variance(model: torch.nn.Module, rollouts: Rollouts, estimators: _Estimators, *,
-                             n_boot: int = 1000) -> list[dict[str, Any]]:
+                             n_boot: int = 1000) -> "DataFrame":
     """Total variance of the group's policy gradient under several estimators, from the same rollouts.
 
     Parameters
@@ -179,28 +195,32 @@ def paired_gradient_variance(model: torch.nn.Module, rollouts: Rollouts, estimat
         The policy that sampled the rollouts (`model_token_stats` must accept it).
     rollouts : Rollouts
         At least 2 groups (rows with equal uid), with ``energy`` where an estimator takes it.
-    estimators : mapping of str to dict or callable
+    estimators : mapping of str to dict or callable, or sequence of str
         Options of `collai.rl.adv.get_advantage` under its name, or under another name with an option ``estimator``; or a
-        function ``(rewards, mask, uid)``, if it likes with ``energy``. The first is the reference.
+        function ``(rewards, mask, uid)``, if it likes with ``energy``; or names alone. The first is the reference.
     n_boot : int
         Resamples of groups.
 
     Returns
     -------
-    list of dict
-        For each estimator ``name``, ``variance`` with ``lo``, ``hi``; ``ratio`` of variances to the reference with
-        ``ratio_lo``, ``ratio_hi``; ``scale``; ``scaled`` = ratio / scale² with ``scaled_lo``, ``scaled_hi``; ``groups``.
+    pandas.DataFrame
+        A row an estimator: ``groups``; ``variance`` with ``lo``, ``hi``; ``ratio`` of variances to the reference with
+        ``ratio_lo``, ``ratio_hi``; ``scale``, the multiple of the reference's mean gradient that is nearest to the own
+        one; ``scaled`` = ratio / scale² with ``scaled_lo``, ``scaled_hi``. Between unbiased estimators ``ratio`` is the
+        fair comparison; where one shrinks the gradient (all that count a rollout into its own baseline) ``scaled`` is.
         Limits are 95 %, paired over groups; what divides by 0 is NaN. Memory is estimators x groups x weights x 4 bytes.
 
     Raises
     ------
     ValueError
-        With fewer than 2 groups, no estimator, or advantages that are not finite (B, T).
+        With fewer than 2 groups, no estimator, one that is unknown or does not know an option, or advantages that are
+        not finite (B, T).
     """
+    import pandas as pd
     adv = _advantages(rollouts, estimators)
     g = _group_gradients(model, rollouts, adv)
-    w = np.concatenate([np.ones((1, g.shape[1])), resample_counts(g.shape[1], _whole("n_boot", n_boot, 1))])
-    return [{"name": name, "groups": g.shape[1]} | row for name, row in zip(adv, _table(g, w), strict=True)]
+    w = np.concatenate([np.ones((1, g.shape[1])), resample_counts(g.shape[1], n_boot)])
+    return pd.DataFrame([{"groups": g.shape[1]} | row for row in _table(g, w)], index=list(adv))
 
 # %% ../../nbs/otb/01_proxy.ipynb #55f16db6
 def _table(g: Float[torch.Tensor, "E G P"], w: Float64[np.ndarray, "R G"]) -> list[dict[str, float]]:
@@ -227,12 +247,15 @@ _STUDY: dict[str, dict[str, Any]] = {
     "otb_loo_prior": {"estimator": "otb", "leave_one_out": True, "finished": "keep", "prior": "batch", "prior_strength": 2.0}}
 
 
+def _first(rollouts: Rollouts, n: int) -> Rollouts:
+    """The first n rollouts of each prompt; 32 consecutive rows are one prompt."""
+    return rollouts.select(np.flatnonzero(np.arange(len(rollouts)) % 32 < n))
+
+
 def _size_study(model: torch.nn.Module, rollouts: Rollouts, sizes: tuple[int, ...] = (4, 8, 32), n_boot: int = 1000
-                ) -> dict[int, list[dict[str, Any]]]:
-    """`paired_gradient_variance` on the first n rollouts of each prompt, by n; 32 consecutive rows are one prompt."""
-    place = np.arange(len(rollouts.uid)) % 32
-    return {n: paired_gradient_variance(model, rollouts.select(np.flatnonzero(place < n)), _STUDY, n_boot=n_boot)
-            for n in sizes}
+                ) -> dict[int, "DataFrame"]:
+    """`paired_gradient_variance` on the first n rollouts of each prompt, by n."""
+    return {n: paired_gradient_variance(model, _first(rollouts, n), _STUDY, n_boot=n_boot) for n in sizes}
 
 # %% ../../nbs/otb/01_proxy.ipynb #c57f33bf
 def variance_metrics(stats: TokenStats, adv: Float[torch.Tensor, "B T"] | Advantage, mask: Shaped[torch.Tensor, "B T"],
@@ -248,12 +271,14 @@ def variance_metrics(stats: TokenStats, adv: Float[torch.Tensor, "B T"] | Advant
     mask : torch.Tensor (B, T)
         1 on valid tokens.
     grad_norm : float
-        Norm of the batch gradient before clipping; of the output layer's alone when `stats` has `hidden_sq`.
+        Norm of ``(1 / B) Σ_i Σ_t s_t A_t`` before clipping; of the output layer's part alone when `stats` has `hidden_sq`.
+        The gradient of a loss with ``agg="token-mean"`` is that divided by the mean number of tokens of a rollout.
 
     Returns
     -------
     dict of float
-        ``power``, ``signal``, ``noise`` as in `collai.rl.train.gradient_proxies`.
+        ``power``, ``signal``, ``noise`` as in `collai.rl.train.gradient_proxies`; noise leaves out what the rollouts of a
+        prompt share.
 
     Raises
     ------
@@ -264,6 +289,32 @@ def variance_metrics(stats: TokenStats, adv: Float[torch.Tensor, "B T"] | Advant
         raise ValueError("stats.energy is None; name 'energy' among the outputs of the statistics")
     energy = stats.energy if stats.hidden_sq is None else stats.energy * stats.hidden_sq
     return gradient_proxies(energy, adv.advantages if isinstance(adv, Advantage) else adv, mask, grad_norm)
+
+# %% ../../nbs/otb/01_proxy.ipynb #d93b6f70
+def _head_gradients(model: torch.nn.Module, rollouts: Rollouts, adv: Float[torch.Tensor, "B T"]) -> Float64[torch.Tensor, "B P"]:
+    """Gradient of Σ_t A_t ln π_t in the output layer's weight, one row a rollout: a sum of outer products."""
+    logits, hidden = _response(model, rollouts)
+    delta = torch.nn.functional.one_hot(rollouts.ids, logits.shape[-1]) - torch.softmax(logits.double(), dim=-1)
+    return torch.einsum("bt,btv,btd->bvd", adv.double(), delta, hidden.double()).flatten(1)
+
+
+def _noise(model: torch.nn.Module, rollouts: Rollouts, n: int, n_boot: int = 1000) -> dict[str, Any]:
+    """Noise of the output layer's mean gradient under RLOO, from the first n rollouts of each prompt.
+
+    ``measured`` with ``ci`` is by groups, ``per_rollout`` that times the rollouts; ``by_rollouts`` and ``forward`` are
+    (otb.1.5), with true norms and with those of the forward pass.
+    """
+    r = _first(rollouts, n)
+    groups, adv = len(r) // n, rloo_advantage(r.rewards, r.mask, r.uid).advantages
+    each = _head_gradients(model, r, adv)
+    means = each.view(groups, n, -1).mean(dim=1)
+    gram, signal = (means @ means.T).numpy(), means.mean(dim=0).square().sum().item()
+    w = np.concatenate([np.ones((1, groups)), resample_counts(groups, n_boot)])
+    noise, lo, hi = _limits(_moments(gram, gram, w)[0] / groups)
+    stats = model_token_stats(model, *r.inputs(), r.ids.shape[1], mask=r.mask, outputs=("energy", "hidden_sq"))
+    return {"measured": noise, "ci": [lo, hi], "per_rollout": noise * len(r), "groups": groups,
+            "by_rollouts": (each.square().sum(dim=1).mean().item() - signal) / (len(r) - 1),
+            "forward": variance_metrics(stats, adv, r.mask, signal**0.5)["noise"]}
 
 # %% ../../nbs/otb/01_proxy.ipynb #282392da
 def measure(device: str) -> list[dict[str, Any]]:
@@ -277,7 +328,7 @@ def measure(device: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        Rows for `collai.core.claims.save_results`: ``proxy_<pair>`` and ``variance_<estimator>_<N>``.
+        Rows for `collai.core.claims.save_results`: ``proxy_<pair>``, ``noise_<N>`` and ``variance_<estimator>_<N>``.
 
     Raises
     ------
@@ -290,15 +341,18 @@ def measure(device: str) -> list[dict[str, Any]]:
     model, tok = warm_start(task)
     problems = [task.sample(np.random.default_rng([2, i])) for i in range(256)]
     few = generate(model, tok, problems[:64], n=2, max_new=task.max_new, seed=1)
-    stats = model_token_stats(model, *_inputs(few), few.ids.shape[1], mask=few.mask, outputs=("energy", "hidden_sq"))
+    ids, seen = few.inputs()
+    stats = model_token_stats(model, ids, seen, few.ids.shape[1], mask=few.mask, outputs=("energy", "hidden_sq"))
     pairs = _proxy_pairs(stats.energy, stats.hidden_sq, token_gradient_norms(model.double(), few), few.mask)
     ranks = _rank_correlations(list(pairs.values()), few.mask.nonzero()[:, 0].numpy(), 1000)
     rows = [{"name": f"proxy_{name}", "measured": rho, "ci": [lo, hi], "unit": "Spearman", "tokens": len(pairs[name][0])}
             for name, (rho, lo, hi) in zip(pairs, ranks, strict=True)]
     model = model.float()
-    found = _size_study(model, generate(model, tok, problems, n=32, max_new=task.max_new, seed=2))
-    return rows + [{**r, "name": f"variance_{r['name']}_{n}", "measured": r["ratio"], "ci": [r["ratio_lo"], r["ratio_hi"]],
-                    "unit": "ratio to RLOO"} for n, table in found.items() for r in table]
+    many = generate(model, tok, problems, n=32, max_new=task.max_new, seed=2)
+    rows += [{"name": f"noise_{n}", "unit": "(reward/weight)²", **_noise(model, many, n)} for n in (4, 8, 32)]
+    return rows + [{**r, "name": f"variance_{name}_{n}", "measured": r["ratio"], "ci": [r["ratio_lo"], r["ratio_hi"]],
+                    "unit": "ratio to RLOO"} for n, table in _size_study(model, many).items()
+                   for name, r in zip(table.index, table.to_dict("records"), strict=True)]
 
 # %% ../../nbs/otb/01_proxy.ipynb #1de825e8
 if __name__ == "__main__" and "__file__" in globals():

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 
-from .adv import check_tokens
+from .adv import check_tensors, check_tokens, group_index
 
 # %% ../../nbs/rl/03_rollouts.ipynb #c54e443c
 _PROMPT = ("prompt_ids", "prompt_mask")
@@ -32,7 +32,8 @@ def _tensors(batch: "Rollouts") -> dict[str, torch.Tensor]:
 
 
 def _check_tensors(batch: "Rollouts") -> None:
-    """Check dimensions, integer types and devices."""
+    """Check that fields are tensors, their dimensions, integer types and devices."""
+    check_tensors(**(dict.fromkeys(_PROMPT + _RESPONSE[:5]) | _tensors(batch)))
     if len(batch.prompt_ids) != len(batch.ids):
         raise ValueError(f"prompt_ids has shape {tuple(batch.prompt_ids.shape)}, ids {tuple(batch.ids.shape)}: "
                          "they must have as many rows")
@@ -51,14 +52,15 @@ def _check_tensors(batch: "Rollouts") -> None:
 # %% ../../nbs/rl/03_rollouts.ipynb #77c264b8
 def _check_lists(batch: "Rollouts") -> None:
     """Check uid and meta: one hashable value and one entry of each list a row."""
+    if not isinstance(batch.meta, dict | None):
+        raise TypeError(f"meta must be a dict of lists or None, got {batch.meta!r}")
     lists = {"uid": batch.uid, **{f"meta[{key!r}]": x for key, x in (batch.meta or {}).items()}}
     for name, x in lists.items():
         if not isinstance(x, list):
             raise TypeError(f"{name} must be a list, got {type(x).__name__}")
         if len(x) != len(batch.ids):
             raise ValueError(f"{name} has length {len(x)}, ids shape {tuple(batch.ids.shape)}: one entry a row is needed")
-    if wrong := [x for x in batch.uid if not isinstance(x, Hashable)]:
-        raise TypeError(f"uid must hold hashable values, got {wrong[0]!r}")
+    group_index(batch.uid, len(batch.ids))
 
 
 def _refuse(bad: torch.Tensor, message: str) -> None:
@@ -78,12 +80,12 @@ def _validate(self: "Rollouts") -> None:
         response not right-padded; a valid token has no turn, or an earlier one than a valid token before it; a number
         is not finite on a valid token; an energy is below -1e-5 there.
     TypeError
-        If ids or turns are no integers, uid or a value of meta is no list, or a uid is not hashable.
+        If a field is no tensor, ids or turns are no integers, uid or a value of meta is no list, meta is no dict, or a uid is not hashable.
     """
     _check_tensors(self)
     _check_lists(self)
-    if not ((self.prompt_mask == 0) | (self.prompt_mask == 1)).all():
-        raise ValueError("prompt_mask must contain only 0 and 1")
+    if (odd := (self.prompt_mask != 0) & (self.prompt_mask != 1)).any():
+        raise ValueError(f"prompt_mask must contain only 0 and 1, got {self.prompt_mask[odd][0].item()}")
     valid = check_tokens(self.mask, **{name: getattr(self, name) for name in _NUMBERS})
     attended = (self.turn >= 0).int()
     _refuse(F.pad(self.prompt_mask.int().diff(dim=1), (1, 0)) < 0, "prompt_mask must be left-padded, got a 0 after a 1")
@@ -114,13 +116,14 @@ def _select(self: "Rollouts", index: int | slice | Sequence[int] | np.ndarray | 
     IndexError
         If a row does not exist, or the bools are not one a row.
     """
-    index = index.cpu() if isinstance(index, torch.Tensor) else list(index) if isinstance(index, range) else index
-    at = (rows := torch.arange(len(self))[index].reshape(-1)).tolist()
+    index = index.cpu().numpy() if isinstance(index, torch.Tensor) else list(index) if isinstance(index, Sequence) else index
+    rows = torch.from_numpy(np.arange(len(self))[index].reshape(-1).copy())
+    at = rows.tolist()
     picked = {name: x[rows.to(x.device)] for name, x in _tensors(self).items()}
     meta = None if self.meta is None else {key: [x[i] for i in at] for key, x in self.meta.items()}
     return replace(self, **picked, uid=[self.uid[i] for i in at], meta=meta)
 
-
+# %% ../../nbs/rl/03_rollouts.ipynb #4e8a90d3
 def _to(self: "Rollouts", device: str | torch.device) -> "Rollouts":
     """Move the tensors.
 
@@ -136,6 +139,20 @@ def _to(self: "Rollouts", device: str | torch.device) -> "Rollouts":
     """
     return replace(self, **{name: x.to(device) for name, x in _tensors(self).items()})
 
+
+def _inputs(self: "Rollouts") -> tuple[Int[torch.Tensor, "B L"], Shaped[torch.Tensor, "B L"]]:
+    """Whole rows as a policy reads them, L = P + T columns.
+
+    Returns
+    -------
+    ids : torch.Tensor (B, L), int64
+        Prompt, then response.
+    attention : torch.Tensor (B, L), in the dtype of `prompt_mask`
+        1 on what is attended to: tokens of the prompt and of the response, tool output included; 0 on padding.
+    """
+    attended = (self.turn >= 0).to(self.prompt_mask.dtype)
+    return torch.cat((self.prompt_ids, self.ids), 1), torch.cat((self.prompt_mask, attended), 1)
+
 # %% ../../nbs/rl/03_rollouts.ipynb #90371039
 def _concat(batches: Sequence["Rollouts"]) -> "Rollouts":
     """Join batches, one after the other; narrower ones are padded: prompts on the left, responses on the right.
@@ -143,7 +160,7 @@ def _concat(batches: Sequence["Rollouts"]) -> "Rollouts":
     Parameters
     ----------
     batches : sequence of Rollouts
-        With the same optional fields and the same keys of meta. Rows with the same uid become one group.
+        With the same optional fields and the same keys of meta. Rows with the same uid become one group, of one prompt.
 
     Returns
     -------
@@ -153,7 +170,8 @@ def _concat(batches: Sequence["Rollouts"]) -> "Rollouts":
     Raises
     ------
     ValueError
-        Without batches, if an optional field or a key is missing in some of them, or if the result is not valid.
+        Without batches, if an optional field or a key is missing in some of them, if a uid stands for two prompts,
+        or if the result is not valid.
     """
     if not batches:
         raise ValueError("concat needs at least one batch, got none")
@@ -170,7 +188,19 @@ def _concat(batches: Sequence["Rollouts"]) -> "Rollouts":
     meta = batches[0].meta and {key: [e for b in batches for e in (b.meta or {})[key]] for key in batches[0].meta}
     found = replace(batches[0], **joined, uid=[u for b in batches for u in b.uid], meta=meta)
     _validate(found)
+    _check_prompts(found)
     return found
+
+# %% ../../nbs/rl/03_rollouts.ipynb #d1f07b52
+def _check_prompts(batch: "Rollouts") -> None:
+    """Refuse a uid that stands for two prompts, as when two batches number theirs from 0."""
+    seen: dict[Hashable, int] = {}
+    first = [seen.setdefault(u, row) for row, u in enumerate(batch.uid)]
+    prompt = torch.where(batch.prompt_mask != 0, batch.prompt_ids, -1)
+    if (odd := (prompt != prompt[first]).any(dim=1).nonzero()).numel():
+        row = int(odd[0])
+        raise ValueError(f"uid {batch.uid[row]!r} stands for two prompts, in rows {first[row]} and {row}; give each batch "
+                         'names of its own, such as batch.uid = [f"{step}-{u}" for u in batch.uid]')
 
 # %% ../../nbs/rl/03_rollouts.ipynb #36d4136f
 def _save(self: "Rollouts", path: str | Path) -> None:
@@ -232,9 +262,9 @@ def _load(cls: type["Rollouts"], path: str | Path) -> "Rollouts":
         stored = load_file(path)
         lists = json.loads(stored.pop("json").numpy().tobytes())
         found = cls(**stored, **lists)
-    except (SafetensorError, KeyError, TypeError) as error:
+        _validate(found)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no rollouts: {error}") from error
-    _validate(found)
     return found
 
 # %% ../../nbs/rl/03_rollouts.ipynb #ec71217c
@@ -244,7 +274,7 @@ class _Batch:
     uid: Any
 
     def __post_init__(self: Any) -> None:
-        self.uid = [u.item() if isinstance(u, np.generic | torch.Tensor) else u for u in self.uid]
+        self.uid = [u.tolist() if isinstance(u, np.generic | np.ndarray | torch.Tensor) else u for u in self.uid]
 
     def __len__(self: Any) -> int:
         return len(self.ids)
@@ -273,8 +303,7 @@ class Rollouts(_Batch):
     rewards : torch.Tensor (B, T), float32
         Reward a token; an outcome reward stands on the last valid token.
     old_logp, rollout_logp : torch.Tensor (B, T), float32
-        Log-probability of each token (nats) under the policy before the update, and, optionally, as a sampling engine
-        reported it.
+        Log-probability of each token (nats) under the policy before the update; as the sampler reported it (optional).
     entropy, energy : torch.Tensor (B, T), float32, optional
         Of the distribution each token was drawn from: entropy (nats), logit-gradient energy.
     meta : dict of lists, optional
@@ -294,4 +323,5 @@ class Rollouts(_Batch):
     energy: Float[torch.Tensor, "B T"] | None = None
     meta: dict[str, list[Any]] | None = None
 
-    validate, select, to, save, concat, load = _validate, _select, _to, _save, staticmethod(_concat), classmethod(_load)
+    validate, select, to, inputs, save = _validate, _select, _to, _inputs, _save
+    concat, load = staticmethod(_concat), classmethod(_load)

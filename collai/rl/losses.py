@@ -11,7 +11,7 @@ import math
 import torch
 from jaxtyping import Float, Shaped
 
-from .adv import check_option, check_tokens
+from .adv import check_option, check_tensors, check_tokens
 
 # %% ../../nbs/rl/02_losses.ipynb #c530cbe4
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-sum-norm")
@@ -20,6 +20,15 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 def _clean(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Return values of valid tokens in at least float32, 0 elsewhere."""
     return torch.where(valid, x, 0).to(torch.promote_types(x.dtype, torch.float32))
+
+
+_ROUNDING = 0.125  # nats: half a step of bfloat16 between 32 and 64, where large logits lie
+
+
+def _refuse_logits(logp: torch.Tensor, valid: torch.Tensor) -> None:
+    """Refuse log-probabilities that are positive by more than rounding."""
+    if logp.numel() and (top := _clean(logp.detach(), valid).max()) > _ROUNDING:
+        raise ValueError(f"log-probabilities can't be positive (got max {top:.3g}): are these logits or probabilities?")
 
 
 def _reduce(x: torch.Tensor, valid: torch.Tensor, mode: str, scale: float | int | None = None) -> torch.Tensor:
@@ -98,11 +107,13 @@ def ppo_clip_loss(logp: Float[torch.Tensor, "B T"], old_logp: Float[torch.Tensor
 
     Raises
     ------
-    ValueError
-        On bad options, different shapes, a bad mask, or a non-finite number on a valid token.
+    ValueError, TypeError
+        On bad options, shapes or types, a bad mask, non-finite numbers, or log-probabilities that both are positive.
     """
     _check_clip(clip_low, clip_high, dual_clip, agg)
+    check_tensors(logp=logp, old_logp=old_logp, adv=adv)
     valid = check_tokens(mask, logp=logp, old_logp=old_logp, adv=adv, weight=weight, is_weights=is_weights)
+    _refuse_logits(torch.minimum(logp, old_logp), valid)
     log_r = (_clean(logp, valid) - _clean(old_logp.detach(), valid)).clamp(max=_MAX_LOG_RATIO)
     term, on = _clip_terms(log_r.exp(), _clean(adv.detach(), valid), clip_low, clip_high, dual_clip)
     factors = [_clean(f.detach(), valid) for f in (weight, is_weights) if f is not None]
@@ -134,11 +145,14 @@ def aggregate(x: Float[torch.Tensor, "B T"], mask: Shaped[torch.Tensor, "B T"], 
     ------
     ValueError
         On an unknown mode, a scale that is not positive, a bad mask, or different shapes.
+    TypeError
+        If `x` or `mask` is no tensor.
     """
     check_option("aggregation", mode, *AGGREGATIONS)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     valid = check_tokens(mask)
+    check_tensors(x=x)
     if x.shape != mask.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, mask {tuple(mask.shape)}: they must be equal")
     return _reduce(_clean(x, valid), valid, mode, scale)
@@ -167,11 +181,13 @@ def sft_loss(logp: Float[torch.Tensor, "B T"], mask: Shaped[torch.Tensor, "B T"]
 
     Raises
     ------
-    ValueError
-        On an unknown mode, different shapes, a bad mask, or a non-finite number on a valid token.
+    ValueError, TypeError
+        On an unknown mode, bad shapes or types, a bad mask, non-finite numbers, or positive log-probabilities.
     """
     check_option("aggregation", agg, *AGGREGATIONS)
+    check_tensors(logp=logp)
     valid = check_tokens(mask, logp=logp, weight=weight)
+    _refuse_logits(logp, valid)
     x = _clean(logp, valid)
     nll, tokens = -_reduce(x.detach(), valid, "token-mean"), valid.sum()
     term = x if weight is None else x * _clean(weight.detach(), valid)
@@ -196,7 +212,10 @@ def kl_k3(logp: Float[torch.Tensor, "*S"], ref_logp: Float[torch.Tensor, "*S"]) 
     ------
     ValueError
         If the shapes differ.
+    TypeError
+        If one is no tensor.
     """
+    check_tensors(logp=logp, ref_logp=ref_logp)
     if logp.shape != ref_logp.shape:
         raise ValueError(f"logp has shape {tuple(logp.shape)}, ref_logp {tuple(ref_logp.shape)}: they must be equal")
     d = ref_logp - logp
@@ -230,10 +249,11 @@ def rollout_weights(old_logp: Float[torch.Tensor, "B T"], rollout_logp: Float[to
 
     Raises
     ------
-    ValueError
-        On an unknown level or mode, a cap that is not positive, different shapes, a bad mask, or a non-finite number
+    ValueError, TypeError
+        On an unknown level or mode, a cap that is not positive, bad shapes or types, a bad mask, or a non-finite number
         on a valid token.
     """
+    check_tensors(old_logp=old_logp, rollout_logp=rollout_logp)
     check_option("level", level, "token", "sequence")
     check_option("mode", mode, "truncate", "mask")
     if not cap > 0:

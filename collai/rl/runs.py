@@ -7,6 +7,7 @@ __all__ = ['evaluations', 'accuracy_at', 'run_arms', 'cross_fit']
 
 # %% ../../nbs/rl/09_runs.ipynb #872960ef
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from jaxtyping import Float, Float64, Int, Shaped
 
 from ..core.parallel import pmap
 from ..core.tinylm import TinyLM
+from .adv import check_integer
 from .train import History, TrainConfig, Trainer, warm_start
 
 # %% ../../nbs/rl/09_runs.ipynb #3922efab
@@ -89,10 +91,23 @@ class _Cell:
         """Name of what decides the numbers."""
         weights = hashlib.sha256(b"".join(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
                                           for w in self.model.state_dict().values())).hexdigest()
-        parts = [asdict(self.cfg), self.task.key, self.steps, self.tokens, self.target, self.make.__name__, self.device, weights]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:20]
+        parts = [asdict(self.cfg), self.task.key, self.steps, self.tokens, self.target, self.make, self.device, weights,
+                 getattr(self.model, "config", None)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_spelled).encode()).hexdigest()[:20]
 
 
+def _spelled(x: Any) -> Any:
+    """Write out what JSON does not know: every number of an array, the place and name of a class or function."""
+    if isinstance(x, torch.Tensor | np.ndarray | np.generic):
+        return [str(x.dtype), x.tolist()]
+    if isinstance(x, functools.partial):
+        return [x.func, x.args, x.keywords]
+    name = f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', '<lambda>')}"
+    if "<lambda>" in name:
+        raise TypeError(f"a run can be kept in a folder if its settings have numbers or names, got {x!r}")
+    return name
+
+# %% ../../nbs/rl/09_runs.ipynb #2b7ce914
 def _over(cell: _Cell, history: History) -> bool:
     """Whether a run is at its end: steps, tokens, or the target if it is to stop there."""
     accuracy = evaluations(history)[1]
@@ -115,6 +130,7 @@ def _run_cell(cell: _Cell) -> History | None:
     finally:
         torch.set_num_threads(threads)
     if history is not None and file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(".new")
         history.to_json(fresh)
         fresh.replace(file)
@@ -123,14 +139,13 @@ def _run_cell(cell: _Cell) -> History | None:
 
 
 def _train(cell: _Cell, state: Path | None) -> History | None:
-    """Train until the cell is over; None, with the state stored, when the time is up first."""
+    """Train until the cell is over, or None when the time is up first; the state is stored at every evaluation."""
     trainer = cell.make(copy.deepcopy(cell.model).to(cell.device), cell.task.tokenizer(), cell.task, cell.cfg)
     history, every = trainer.run(0, checkpoint=state), cell.cfg.eval_every
     while not _over(cell, history):
         if time.time() > cell.deadline:
-            trainer.run(0, checkpoint=state)
             return None
-        history = trainer.run(min(cell.steps, (len(history) // every + 1) * every))
+        history = trainer.run(min(cell.steps, (len(history) // every + 1) * every), checkpoint=state)
     return history
 
 # %% ../../nbs/rl/09_runs.ipynb #4bd1ee3c
@@ -144,31 +159,31 @@ def run_arms(arms: Mapping[str, TrainConfig | Mapping[str, Any]], task: Any, *, 
     ----------
     arms : mapping of str to TrainConfig or dict
         Settings by name; a dict holds keywords of TrainConfig. The seed is replaced.
-    task : object
-        Task of `collai.rl.tasks`.
-    seeds, steps, tokens : iterable of int, int, float
-        One run a seed; it ends with the steps, or with the first evaluation that finds so many sampled tokens.
-    target : float, optional
-        Greedy accuracy at which a run may stop, too; None: it goes on.
-    start : TinyLM, optional
-        Policy to start from; None: `collai.rl.train.warm_start` of the task.
+    task, start : object, TinyLM
+        Task of `collai.rl.tasks`; policy to start from, `collai.rl.train.warm_start` of the task if None.
+    seeds, steps, tokens, target : iterable of int, int, float, float
+        One run a seed; it ends with the steps, or with the first evaluation that finds so many sampled tokens or, if a
+        `target` is given, this greedy accuracy.
     folder : str or Path, optional
-        Finished runs, and states of unfinished ones; a later call goes on from them.
-    workers, seconds : int, float
-        Processes (None: one a core); time after which no run is begun or goes on.
-    device, make : str, callable
-        Where to train, and the class of the trainer.
+        Finished runs, and states of unfinished ones, stored at every evaluation; a later call goes on from them.
+    workers, seconds, device, make : int, float, str, callable
+        Processes (None: one a core); time after which no run is begun or goes on; where to train; class of the trainer,
+        or a `functools.partial` of it.
 
     Returns
     -------
     dict of list
         Histories by arm, in the order of the seeds; None where the time was up.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On steps or settings that are refused; if there is a folder, on settings without a name, such as a lambda.
     """
+    check_integer("steps", steps, 0)
     seeds, model = list(seeds), warm_start(task)[0] if start is None else start
     settings = {name: TrainConfig(**arm) if isinstance(arm, Mapping) else arm for name, arm in arms.items()}
     place, deadline = None if folder is None else Path(folder), time.time() + seconds
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
     cells = [_Cell(replace(c, seed=s), task, model, steps, tokens, target, make, device, place, deadline)
              for s in seeds for c in settings.values()]
     found = pmap(_run_cell, cells, workers=workers, desc=task.key)

@@ -9,6 +9,7 @@ __all__ = ['load_policy', 'uniforms', 'pick', 'encode_prompts', 'generate', 'mea
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from ..core.claims import measure_main
 from ..core.tinylm import KVCache, TinyLM
+from .adv import check_integer
 from .buffer import Rollouts
 from .stats import head_options, token_stats
 from .tasks import ChainSum, Problem
@@ -44,11 +46,17 @@ def load_policy(name_or_path: str, *, dtype: torch.dtype | str | None = None, de
     Raises
     ------
     ValueError
-        If the tokenizer has no end token.
-    OSError
-        If there is no such model (raised by transformers).
+        If the dtype is unknown or the tokenizer has no end token.
+    FileNotFoundError
+        If there is no such folder; for an unknown hub name transformers raises an OSError.
     """
+    folder = Path(name_or_path).expanduser()
+    if (str(name_or_path)[:1] in ("/", ".", "~") or len(folder.parts) > 2) and not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {name_or_path}")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be one of torch or its name, such as 'bfloat16', got {dtype!r}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    name_or_path = str(folder)
     tok = AutoTokenizer.from_pretrained(name_or_path)
     if tok.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name_or_path} has no end-of-sequence token")
@@ -58,20 +66,29 @@ def load_policy(name_or_path: str, *, dtype: torch.dtype | str | None = None, de
     return model.to(device).eval(), tok
 
 # %% ../../nbs/rl/05_sampling.ipynb #560dc07b
+_LAST_SEED = 2**64 - 1
+
+
 def uniforms(seed: int, rows: int, steps: int) -> Float64[np.ndarray, "rows steps"]:
     """Uniform numbers for each row, a function of (seed, row, step) alone.
 
     Parameters
     ----------
     seed, rows, steps : int
-        Seed of the call; size of the table. A larger table begins with the smaller one.
+        Seed of the call, below 2**64; size of the table. A larger table begins with the smaller one.
 
     Returns
     -------
     ndarray, shape (rows, steps), float64
         Multiples of 2**-48 in [0, 1), from the counter-based generator Philox with the key (seed, row).
+
+    Raises
+    ------
+    ValueError
+        If a number is no integer or out of range.
     """
-    table = np.empty((rows, steps))
+    check_integer("seed", seed, 0, _LAST_SEED)
+    table = np.empty((check_integer("rows", rows, 0), check_integer("steps", steps, 0)))
     for row in range(rows):
         key = np.array([seed, row], dtype=np.uint64)
         table[row] = np.random.Philox(key=key).random_raw(steps) >> np.uint64(16)
@@ -369,9 +386,11 @@ def _check_request(problems: Sequence[Problem], n: int, max_new: int, temperatur
     """Refuse what can't be sampled."""
     if not problems:
         raise ValueError("problems must hold at least one problem, got none")
-    for name, value, low in (("n", n, 1), ("max_new", max_new, 1), ("seed", seed, 0), ("max_turns", max_turns, 1)):
-        if value < low:
-            raise ValueError(f"{name} must be >= {low}, got {value}")
+    if strange := [p for p in problems if not isinstance(p, Problem)]:
+        raise TypeError(f"problems must hold values Problem(prompt, answer, task=task), got {strange[0]!r}")
+    for name, value in (("n", n), ("max_new", max_new), ("max_turns", max_turns)):
+        check_integer(name, value, 1)
+    check_integer("seed", seed, 0, _LAST_SEED)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     if orphans := [i for i, p in enumerate(problems) if p.task is None]:
@@ -394,7 +413,7 @@ def generate(model: Any, tok: Any, problems: Sequence[Problem], *, n: int, max_n
     temperature : float
         Of sampling; 0 is greedy, then the statistics are those at temperature 1.
     seed : int
-        Row r depends on (seed, r), its problem and the policy; not on other rows.
+        Below 2**64. Row r depends on (seed, r), its problem and the policy; not on other rows.
 
     Returns
     -------
@@ -404,8 +423,8 @@ def generate(model: Any, tok: Any, problems: Sequence[Problem], *, n: int, max_n
 
     Raises
     ------
-    ValueError
-        If a number is out of range, a problem has no task or an empty prompt, or logits are not finite.
+    ValueError, TypeError
+        On numbers out of range, what is no `Problem`, one without task or prompt, logits or rewards that are not finite.
     """
     _check_request(problems, n, max_new, temperature, seed, max_turns)
     training, prompts = model.training, encode_prompts(tok, problems, next(model.parameters()).device)
@@ -450,7 +469,10 @@ def _pack(prompts: tuple[Tensor, Tensor], text: _Dialogue, scores: Tensor, probl
     for row, length in enumerate(lengths):
         texts.append(text.tok.decode(text.ids[row, :length].tolist(), skip_special_tokens=True))
         last = np.flatnonzero(text.mask[row])[-1]
-        rewards[row, last] = text.tasks[row].reward(problems[row // n], texts[-1])
+        rewards[row, last] = found = text.tasks[row].reward(problems[row // n], texts[-1])
+        if not np.isfinite(rewards[row, last]):
+            name = type(text.tasks[row]).__name__
+            raise ValueError(f"the reward of {name} must be a finite number, got {found!r} at row {row}")
     width, device = int(lengths.max()), scores.device
     ids, mask, turn, reward = (torch.from_numpy(x[:, :width].copy()).to(device)
                                for x in (text.ids, text.mask, text.turn, rewards))

@@ -7,13 +7,15 @@ __all__ = ['Problem', 'ChainSum', 'CalcTool', 'Mixture', 'PromptTask', 'load_pro
 
 # %% ../../nbs/rl/04_tasks.ipynb #eb20cddf
 import functools
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..core.tinylm import CharTokenizer
+from .adv import check_integer
 
 # %% ../../nbs/rl/04_tasks.ipynb #3c90bbd0
 @dataclass(frozen=True)
@@ -77,13 +80,6 @@ class _Task:
         found = self._grammar.fullmatch(transcript)
         return float(found is not None and found[1] == problem.answer)
 
-
-def _within(name: str, value: Any, low: int, high: int) -> int:
-    """Return a whole number in [low, high], or raise with its name and value."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
-    return int(value)
-
 # %% ../../nbs/rl/04_tasks.ipynb #8281851a
 def _draw_sum(self: "ChainSum", rng: np.random.Generator) -> Problem:
     """Draw a problem: prompt ``a+b+c+d=``, demonstration ``t2;t3;t4.``, answer ``t4``.
@@ -127,7 +123,7 @@ class ChainSum(_Task):
     """
 
     def __init__(self, terms: int = 4, base: int = 10) -> None:
-        self.terms, self.base = _within("terms", terms, 2, 64), _within("base", base, 2, 36)
+        self.terms, self.base = check_integer("terms", terms, 2, 64), check_integer("base", base, 2, 36)
         self.key, self.alphabet = f"chainsum-{terms}-{base}", _DIGITS[:base] + "+=;."
         self._grammar = re.compile(rf"(?:[{_DIGITS[:base]}]+;)*([{_DIGITS[:base]}]+)\.")
         self.max_new = len(_totals([base - 1] * terms, base)) + 1 + terms
@@ -141,6 +137,7 @@ def _totals(terms: Sequence[int], base: int) -> str:
 
 # %% ../../nbs/rl/04_tasks.ipynb #def5d3cb
 _APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+_LONGEST = 4000  # characters of a call: Python turns no more than 4300 digits into a number, or back
 _CALL = re.compile(r"<(-?\d+)([-+*])(-?\d+)>", re.ASCII)
 
 
@@ -162,9 +159,11 @@ class _Calculator(_Task):
         Returns
         -------
         str or None
-            ``"=value;"`` for a turn that is one call such as ``<12+5>``, else None: the episode ends.
+            ``"=value;"`` for a turn that is one call such as ``<12+5>``, else None: the episode ends. A call of more than
+            4000 characters is none.
         """
-        call = _CALL.fullmatch(text.rpartition(";")[2])
+        last = text.rpartition(";")[2]
+        call = _CALL.fullmatch(last) if len(last) <= _LONGEST else None
         return None if call is None else f"={_APPLY[call[2]](int(call[1]), int(call[3]))};"
 
 # %% ../../nbs/rl/04_tasks.ipynb #bb8c9d7c
@@ -215,7 +214,7 @@ class CalcTool(_Calculator):
     """
 
     def __init__(self, depth: int = 3, digits: int = 1) -> None:
-        self.depth, self.digits = _within("depth", depth, 1, 32), _within("digits", digits, 1, 6)
+        self.depth, self.digits = check_integer("depth", depth, 1, 32), check_integer("digits", digits, 1, 6)
         self.key, self.max_turns = f"calctool-{depth}-{digits}", depth + 1
         longest = sum(digits * (2 * j + 2) + 5 for j in range(1, depth + 1)) + digits * (depth + 1) + 1
         self.max_new = longest + 1 + depth + 1
@@ -318,7 +317,8 @@ class PromptTask(_Task):
     problems : list of Problem
         In the given order; `sample` draws one of them.
     key, alphabet : str
-        ``"prompts"``; all characters that occur, for models with a character tokenizer.
+        ``"prompts-1024-"`` with `max_new` and 12 digits that stand for the problems; all characters that occur, for models
+        with a character tokenizer.
 
     Raises
     ------
@@ -326,27 +326,18 @@ class PromptTask(_Task):
         If there is no problem or `max_new` is below 1.
     """
 
-    key = "prompts"
-
     def __init__(self, problems: Iterable[Problem], max_new: int = 1024) -> None:
         self.problems = [replace(p, task=self) for p in problems]
-        self.max_new = _within("max_new", max_new, 1, 2**31)
+        self.max_new = check_integer("max_new", max_new, 1, 2**31)
         if not self.problems:
             raise ValueError("problems must hold at least one problem, got none")
+        told = json.dumps([[p.prompt, p.answer, p.demo, p.data_source] for p in self.problems])
+        self.key = f"prompts-{self.max_new}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
         self.alphabet = "".join(sorted({c for p in self.problems for c in f"{_text(p.prompt)}{p.answer}{p.demo}"}))
 
     sample, reward = _draw, _compare
 
 # %% ../../nbs/rl/04_tasks.ipynb #3a4ff081
-def _plain(value: Any) -> Any:
-    """Turn what parquet readers give (arrays, numpy numbers) into what JSON would give."""
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
-
-
 def _prompt_and_demo(row: dict[str, Any]) -> tuple[Any, str, bool]:
     """Prompt and demonstration of a row, and whether it is a transcript of an expert (`messages`)."""
     talk: Any = row.get("messages")
@@ -362,6 +353,7 @@ def _problem(row: Any) -> Problem:
     """Make a problem of one row, or raise ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {row!r}")
+    row = {name: value for name, value in row.items() if value == value}  # NaN: missing
     prompt, demo, expert = _prompt_and_demo(row)
     chat = isinstance(prompt, list)
     if chat and not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -373,37 +365,58 @@ def _problem(row: Any) -> Problem:
     for name, value in (("reward_model", judge), ("extra_info", extra)):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object, got {value!r}")
-    answer = row["answer"] if row.get("answer") is not None else judge.get("ground_truth", "" if expert else None)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"answer or reward_model.ground_truth must be text or a number, got {answer!r}")
-    return Problem(prompt, str(answer), demo, None, str(row.get("data_source") or ""), extra)
+    answer = _answer(row["answer"] if row.get("answer") is not None else judge.get("ground_truth"), expert)
+    return Problem(prompt, answer, demo, None, str(row.get("data_source") or ""), extra)
+
+
+# %% ../../nbs/rl/04_tasks.ipynb #c7a51e20
+def _answer(value: Any, expert: bool) -> str:
+    """Text of an answer, which the row of an expert may lack."""
+    if expert and value is None:
+        return ""
+    if isinstance(value, bool) or not (isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError(f"answer or reward_model.ground_truth must be text or a number, got {value!r}")
+    if not expert and not str(value).strip():
+        raise ValueError(f"answer or reward_model.ground_truth must not be empty, got {value!r}")
+    return str(value)
 
 # %% ../../nbs/rl/04_tasks.ipynb #2c1d9156
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read rows of a JSONL or parquet file, each with its place."""
+    """Read rows of a JSON, JSONL or parquet file, each with its place."""
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"prompts must be a .jsonl, .json or .parquet file, got {path}")
     if path.suffix == ".parquet":
-        import pandas
-        for i, row in enumerate(pandas.read_parquet(path).to_dict("records")):
-            yield f"row {i}", _plain(row)
-    elif path.suffix in (".jsonl", ".json"):
-        with path.open(encoding="utf-8") as lines:
-            for i, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield f"line {i}", json.loads(line)
-                    except json.JSONDecodeError as e:
-                        raise ValueError(f"{path}, line {i}: no JSON ({e.msg} at column {e.colno})") from None
-    else:
-        raise ValueError(f"prompts must be a .jsonl or .parquet file, got {path}")
+        from pyarrow.parquet import read_table
+        yield from ((f"row {i}", row) for i, row in enumerate(read_table(path, partitioning=None).to_pylist()))
+        return
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        if path.suffix == ".json" and (text := lines.read().strip()).startswith("["):
+            yield from ((f"row {i}", row) for i, row in enumerate(_json(text, f"{path}")))
+            return
+        lines.seek(0)
+        for i, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"line {i}", _json(line, f"{path}, line {i}")
+
+
+def _json(text: str, place: str) -> Any:
+    """Value of a JSON text, or its place with the reason why it is none."""
+    try:
+        text.encode()  # a byte that is no UTF-8 was read as half of a pair
+        return json.loads(text)
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{place}: no UTF-8 text at character {e.start + 1}") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{place}: no JSON ({e.msg} at {f'line {e.lineno}, ' if e.lineno > 1 else ''}column {e.colno})") from None
 
 # %% ../../nbs/rl/04_tasks.ipynb #6efec2a3
 def load_prompts(path: str | os.PathLike[str]) -> list[Problem]:
-    """Read problems from a JSONL or parquet file, also one in verl's layout.
+    """Read problems from a JSONL, JSON or parquet file, also one in verl's layout.
 
     Parameters
     ----------
     path : str or path-like
-        Columns: ``prompt`` (text or chat messages), ``answer`` or ``reward_model`` with its field ``ground_truth``; optional
+        One object a line (``.jsonl``, ``.json``), one array of objects (``.json``), or a table (``.parquet``). Columns: ``prompt`` (text or chat messages), ``answer`` or ``reward_model`` with its field ``ground_truth``; optional
         ``data_source``, ``extra_info``, ``demo``. In place of ``prompt`` and ``demo``: ``messages``, a chat whose last
         message, the assistant's, is the demonstration; then the answer is optional, too.
 

@@ -28,7 +28,7 @@ from jaxtyping import Float, Float64, Int, Shaped
 from tqdm import tqdm
 
 from ..core.tinylm import CharTokenizer, TinyLM
-from .adv import check_option, check_tokens, get_advantage
+from .adv import check_estimator_options, check_integer, check_option, check_tokens, get_advantage
 from .buffer import Rollouts
 from .losses import AGGREGATIONS, ppo_clip_loss, sft_loss
 from .sample import encode_prompts, generate
@@ -46,14 +46,15 @@ def gradient_proxies(energy: Float[torch.Tensor, "B T"], adv: Float[torch.Tensor
     energy, adv, mask : torch.Tensor (B, T)
         Logit-gradient energies and advantages of the tokens; 1 on valid tokens.
     grad_norm : float
-        Norm of the batch gradient before clipping.
+        Norm of the batch gradient before clipping. Power is about the gradient ``(1 / B) Σ_i Σ_t s_t A_t``, sums over the
+        tokens of a rollout; a loss with ``agg="token-mean"`` has it divided by the mean number of tokens of a rollout.
 
     Returns
     -------
     dict of float
         ``power`` = mean over rollouts of (mean advantage)² · (summed energy), logit space; ``signal`` = grad_norm²,
-        parameter space; ``noise`` = max(0, (power - signal) / (B - 1)), NaN for B = 1. A rollout without a valid token
-        counts with 0.
+        parameter space; ``noise`` = max(0, (power - signal) / (B - 1)), NaN for B = 1; it takes rollouts for independent
+        and leaves out what those of one prompt share. A rollout without a valid token counts with 0.
 
     Raises
     ------
@@ -62,7 +63,7 @@ def gradient_proxies(energy: Float[torch.Tensor, "B T"], adv: Float[torch.Tensor
 
     Notes
     -----
-    Equation (rl.6.3) of the notebook ``rl/06_training``; the public implementation of the optimal token baseline (verl)
+    Equation (rl.6.4) of the notebook ``rl/06_training``; the public implementation of the optimal token baseline (verl)
     logs the same quantities.
     """
     valid = check_tokens(mask, energy=energy, adv=adv)
@@ -71,8 +72,7 @@ def gradient_proxies(energy: Float[torch.Tensor, "B T"], adv: Float[torch.Tensor
     if not grad_norm >= 0:
         raise ValueError(f"grad_norm must be >= 0, got {grad_norm}")
     mean = torch.where(valid, adv, 0).double().sum(1) / valid.sum(1).clamp(min=1)
-    power = float((mean.square() * torch.where(valid, energy, 0).double().sum(1)).mean())
-    signal = float(grad_norm) ** 2
+    power, signal = float((mean.square() * torch.where(valid, energy, 0).double().sum(1)).mean()), float(grad_norm) ** 2
     noise = max(0.0, (power - signal) / (len(mask) - 1)) if len(mask) > 1 else math.nan
     return {"power": power, "signal": signal, "noise": noise}
 
@@ -175,16 +175,15 @@ class History:
 
 # %% ../../nbs/rl/06_training.ipynb #6e7281ef
 def _check_settings(self: "TrainConfig") -> None:
-    """Refuse settings that mean nothing, by name and value."""
-    get_advantage(self.estimator)
+    """Refuse settings that mean nothing, by name and value; numbers of numpy become Python's."""
+    self.options = check_estimator_options(self.estimator, self.options)
     check_option("agg", self.agg, *AGGREGATIONS)
     for name in ("n", "prompts_per_step", "epochs", "eval_every", "eval_prompts", "seed"):
-        low = 0 if name == "seed" else 1
-        if isinstance(x := getattr(self, name), bool) or not isinstance(x, int) or x < low:
-            raise ValueError(f"{name} must be an integer >= {low}, got {x!r}")
+        setattr(self, name, check_integer(name, getattr(self, name), 0 if name == "seed" else 1))
     for name in ("lr", "grad_clip"):
         if not 0 < (x := getattr(self, name)) < math.inf:
             raise ValueError(f"{name} must be positive, got {x!r}")
+        setattr(self, name, float(x))
 
 # %% ../../nbs/rl/06_training.ipynb #c50004de
 @dataclass(kw_only=True)
@@ -194,7 +193,7 @@ class TrainConfig:
     Parameters
     ----------
     estimator, options : str, dict
-        Name for `collai.rl.adv.get_advantage`, and keywords of that estimator.
+        Name for `collai.rl.adv.get_advantage`, and keywords of that estimator, checked at once.
     n, prompts_per_step, epochs : int
         Rollouts a prompt, prompts a step, updates on the rollouts of a step.
     lr, grad_clip : float
@@ -205,6 +204,11 @@ class TrainConfig:
         Steps between evaluations, which are also the checkpoints; fixed prompts of an evaluation.
     seed : int
         Root of all randomness, >= 0.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range, or the estimator does not know an option (the known ones are listed).
     """
 
     estimator: str = "otb"
@@ -323,9 +327,7 @@ def _loss(self: "Trainer", rollouts: Rollouts, adv: Float[torch.Tensor, "B T"],
 # %% ../../nbs/rl/06_training.ipynb #2cdeeb47
 def _update(self: "Trainer", rollouts: Rollouts, adv: Float[torch.Tensor, "B T"]) -> tuple[float, dict[str, float]]:
     """Make one update; return the norm of the gradient before clipping and what the loss reports."""
-    attended = (rollouts.turn >= 0).to(rollouts.prompt_mask)
-    ids, attention = torch.cat((rollouts.prompt_ids, rollouts.ids), 1), torch.cat((rollouts.prompt_mask, attended), 1)
-    stats = model_token_stats(self.model, ids, attention, rollouts.ids.shape[1], mask=rollouts.mask, outputs=self.outputs)
+    stats = model_token_stats(self.model, *rollouts.inputs(), rollouts.ids.shape[1], mask=rollouts.mask, outputs=self.outputs)
     loss, metrics = self.loss(rollouts, adv, stats)
     self.optimizer.zero_grad()
     loss.backward()
@@ -379,7 +381,7 @@ def _plain(x: Any) -> Any:
     """Turn settings into values that a file keeps and `==` compares."""
     if isinstance(x, Mapping):
         return {str(name): _plain(v) for name, v in x.items()}
-    if isinstance(x, torch.Tensor | np.ndarray):
+    if isinstance(x, torch.Tensor | np.ndarray | np.generic):
         return x.tolist()
     return [_plain(v) for v in x] if isinstance(x, list | tuple) else x
 
@@ -389,6 +391,17 @@ def _check_same(folder: Path, stored: Mapping[str, Any], mine: Mapping[str, Any]
     for name, value in mine.items():
         if (theirs := stored.get(name)) != value:
             raise ValueError(f"the checkpoint in {folder} has {name} = {theirs!r}, this run has {value!r}")
+
+
+def _read(file: Path, model: torch.nn.Module, *names: str) -> dict[str, Any]:
+    """Entries of a stored state, on the model's device; a file that does not hold them is named."""
+    try:
+        state = torch.load(file, map_location=next(model.parameters()).device, weights_only=True)
+        return {name: state[name] for name in names}
+    except OSError:
+        raise
+    except Exception as error:  # of a broken file torch's readers raise nearly anything
+        raise ValueError(f"{file} holds no state of a run ({type(error).__name__}: {error})") from error
 
 
 def _write(file: Path, state: dict[str, Any]) -> None:
@@ -420,7 +433,7 @@ def _take_up(self: "Trainer", file: Path) -> None:
     """Take a stored state if it is further than this one; refuse one of other settings."""
     if not file.is_file():
         return
-    stored = torch.load(file, map_location=next(self.model.parameters()).device, weights_only=True)
+    stored = _read(file, self.model, "settings", "model", "optimizer", "rows")
     _check_same(file.parent, stored["settings"], self._settings())
     if len(stored["rows"]) > len(self.history):
         self.model.load_state_dict(stored["model"])
@@ -449,7 +462,7 @@ def _run(self: "Trainer", steps: int, *, checkpoint: str | os.PathLike[str] | No
     Raises
     ------
     ValueError
-        If `steps` is negative, or the checkpoint belongs to another task or other settings (the first is named).
+        If `steps` is negative, or the checkpoint is broken or belongs to another task or other settings (the first is named).
     RuntimeError
         If a gradient is not finite.
     KeyboardInterrupt
@@ -575,7 +588,7 @@ class _Imitation:
         self.settings = {"task": task.key, "batch": batch, "lr": lr, "seed": seed}
         self.optimizer: Any = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         if file is not None and file.is_file():
-            stored = torch.load(file, map_location=next(model.parameters()).device, weights_only=True)
+            stored = _read(file, model, "settings", "model", "optimizer", "losses")
             _check_same(file.parent, stored["settings"], self.settings)
             model.load_state_dict(stored["model"])
             self.optimizer.load_state_dict(stored["optimizer"])
@@ -596,7 +609,6 @@ class _Imitation:
         if self.file is not None:
             _write(self.file, {"settings": self.settings, "model": self.model.state_dict(),
                                "optimizer": self.optimizer.state_dict(), "losses": self.losses})
-
 
 # %% ../../nbs/rl/06_training.ipynb #ba365d05
 def sft(model: torch.nn.Module, tok: Any, task: Any, *, steps: int = 280, batch: int = 64, lr: float = 3e-3,
@@ -623,7 +635,7 @@ def sft(model: torch.nn.Module, tok: Any, task: Any, *, steps: int = 280, batch:
     Raises
     ------
     ValueError
-        If a problem has no demonstration, the tool contradicts it, or the checkpoint belongs to other settings.
+        If a problem has no demonstration, the tool contradicts it, or the checkpoint is broken or belongs to other settings.
     KeyboardInterrupt
         After Ctrl-C, at the end of the step.
     """
@@ -638,7 +650,6 @@ def sft(model: torch.nn.Module, tok: Any, task: Any, *, steps: int = 280, batch:
             if late.asked:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}")
     return np.array(run.losses, dtype=np.float64)
-
 
 # %% ../../nbs/rl/06_training.ipynb #57bd851d
 _WARM_STEPS = {"calctool-2-2": 70}  # tasks that are learned sooner than the others

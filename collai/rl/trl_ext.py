@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from .adv import otb_advantage
+from .adv import bounded_energy, check_estimator_options, otb_advantage
 
 # %% ../../nbs/rl/07_trl.ipynb #c849d689
 try:
@@ -22,34 +22,11 @@ try:
 except ImportError as error:
     raise ImportError('collai.rl.trl_ext needs TRL 1.16: pip install "collai[trl]"') from error
 
-# %% ../../nbs/rl/07_trl.ipynb #c4906c53
-def _head_energy(logp: Float[torch.Tensor, "*S"], sum_sq: Float[torch.Tensor, "*S"]) -> Float[torch.Tensor, "*S"]:
-    """Energy from ln π(a) and Σπ², the second part of (rl.7.1) kept inside its bounds (rl.7.2)."""
-    rest = torch.expm1(logp).square()
-    others = sum_sq - (2 * logp).exp()
-    return rest + others.clamp(min=0).minimum(rest)
-
 # %% ../../nbs/rl/07_trl.ipynb #bb93c48e
 def _terminal(total: Float[torch.Tensor, " B"], mask: Int[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T"]:
     """Reward of each rollout on its last valid token; nowhere in a row without one."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1, keepdim=True)
     return total.new_zeros(mask.shape).scatter_(1, last, total[:, None]) * mask
-
-# %% ../../nbs/rl/07_trl.ipynb #024d4255
-_OPTIONS = [name for name, p in inspect.signature(otb_advantage).parameters.items()
-            if p.kind is p.KEYWORD_ONLY and name != "is_weights"]
-
-
-def _check_otb(otb: dict[str, Any] | None) -> dict[str, Any]:
-    """Check options of `otb_advantage` before anything is generated, and return a copy."""
-    options = dict(otb or {})
-    for name in options:
-        if name not in _OPTIONS:
-            raise ValueError(f"unknown otb option {name!r}, use one of {', '.join(map(repr, _OPTIONS))}")
-    prior = options.get("prior")
-    zeros = torch.zeros(2, len(prior) if isinstance(prior, torch.Tensor) and prior.ndim else 1)
-    otb_advantage(zeros, zeros + 1, [0, 0], zeros, **options)
-    return options
 
 # %% ../../nbs/rl/07_trl.ipynb #7cb9d3a0
 class _EnergyTrainer(GRPOTrainer):
@@ -76,7 +53,7 @@ class _EnergyTrainer(GRPOTrainer):
         def recorded(**inputs: Any) -> Any:
             out = model(**inputs)
             if out.log_sum_sq_probs is not None:  # None: a reference model
-                energies.append(_head_energy(out.log_probs.float(), out.log_sum_sq_probs.float().exp()))
+                energies.append(bounded_energy(out.log_probs.float(), out.log_sum_sq_probs.float().exp()))
             return out
 
         answer = super()._get_per_token_logps_and_entropies(recorded, *args, **kwargs)
@@ -130,6 +107,16 @@ def _with_advantages(trainer: Any, batch: dict[str, Any], energy: torch.Tensor) 
     first = accelerator.process_index * rows
     return batch | {"advantages": advantages[first:first + rows, :columns]}
 
+# %% ../../nbs/rl/07_trl.ipynb #8e15b0c4
+def _check_made(trainer: Any) -> None:
+    """Refuse a prior that the longest response would outgrow, and rewards that are normalised before they are summed."""
+    prior, longest = trainer.otb.get("prior"), trainer.args.max_completion_length
+    if isinstance(prior, torch.Tensor) and longest is not None and len(prior) < longest:
+        raise ValueError(f"prior has {len(prior)} columns, max_completion_length is {longest}: it must cover the longest response")
+    if trainer.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError("multi_objective_aggregation must be 'sum_then_normalize', "
+                         f"got {trainer.multi_objective_aggregation!r}: token returns are sums of rewards")
+
 # %% ../../nbs/rl/07_trl.ipynb #460a86c5
 class OTBGRPOTrainer(_EnergyTrainer):
     """`trl.GRPOTrainer` with the optimal token baseline: one advantage for every token.
@@ -139,7 +126,7 @@ class OTBGRPOTrainer(_EnergyTrainer):
     *args, **kwargs : any
         Of `GRPOTrainer`, passed on. The rewards are summed by `reward_weights`; `scale_rewards` is not applied.
     otb : dict, optional
-        Keywords of `collai.rl.adv.otb_advantage` but `is_weights`. A prior tensor covers the longest response; it is cut.
+        Keywords of `collai.rl.adv.otb_advantage` but `is_weights`. A prior tensor covers ``max_completion_length``; it is cut.
 
     Attributes
     ----------
@@ -150,17 +137,16 @@ class OTBGRPOTrainer(_EnergyTrainer):
     Raises
     ------
     ValueError
-        On unknown or bad options, or ``multi_objective_aggregation="normalize_then_sum"``.
+        On unknown or bad options, a prior shorter than ``max_completion_length``, or
+        ``multi_objective_aggregation="normalize_then_sum"``.
     """
 
     last_rollout: dict[str, torch.Tensor] | None = None
 
     def __init__(self, *args: Any, otb: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.otb = _check_otb(otb)
+        self.otb = check_estimator_options("otb", {} if otb is None else otb)
         super().__init__(*args, **kwargs)
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError("multi_objective_aggregation must be 'sum_then_normalize', "
-                             f"got {self.multi_objective_aggregation!r}: token returns are sums of rewards")
+        _check_made(self)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._scored = []

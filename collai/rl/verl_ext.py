@@ -6,9 +6,8 @@
 __all__ = ['install', 'measure']
 
 # %% ../../nbs/rl/08_verl.ipynb #be0d69a6
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -17,36 +16,22 @@ import torch
 from jaxtyping import Float, Shaped
 
 from ..core.claims import measure_main
-from .adv import otb_advantage
+from .adv import bounded_energy, check_estimator_options, otb_advantage
 from .stats import token_stats
 
 # %% ../../nbs/rl/08_verl.ipynb #12d3c9c9
-def _energy(logp: Float[torch.Tensor, "B T"], sum_sq: Float[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T"]:
-    """Energy 1 − 2p + q from ln p and q, moved to its bounds (rl.8.2) where rounding or sign puts it outside."""
-    rest = torch.expm1(logp).square()
-    others = sum_sq - (2 * logp).exp()
-    nearest = others.clamp(min=0).minimum(rest)
-    outside = ((others - nearest).abs() <= 1e-5) | (rest + others < 0)
-    return rest + torch.where(outside, nearest, others)
+_REACH = 1e-5  # how far an energy may lie outside its bounds (rl.8.2) and still be one that was rounded
 
 # %% ../../nbs/rl/08_verl.ipynb #e89f2749
-_OPTIONS = [name for name, p in inspect.signature(otb_advantage).parameters.items()
-            if p.kind is p.KEYWORD_ONLY and name != "is_weights"]
-
-
 def _options(config: Any, columns: int) -> dict[str, Any]:
     """Options under ``otb`` of verl's algorithm configuration (dict, OmegaConf or dataclass)."""
     found = (config.get("otb", None) if config is not None else None) or {}
     if not isinstance(found, Mapping):
         raise ValueError(f"algorithm.otb must be a mapping of options, got {found!r}")
     options = dict(found)
-    for name in options:
-        if name not in _OPTIONS:
-            raise ValueError(f"unknown otb option {name!r}, use one of {', '.join(map(repr, _OPTIONS))}")
-    prior = options.get("prior")
-    if prior is not None and not isinstance(prior, str):
+    if isinstance(prior := options.get("prior"), Sequence | np.ndarray) and not isinstance(prior, str):
         options["prior"] = torch.as_tensor(list(prior), dtype=torch.float32)[:columns]
-    return options
+    return check_estimator_options("otb", options)
 
 # %% ../../nbs/rl/08_verl.ipynb #a21c9403
 def _estimator(align: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -59,7 +44,7 @@ def _estimator(align: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         defaults = {"align": align, "zero_tail": handle_zero_tail, "eps": epsilon}
         options = defaults | _options(config, token_level_rewards.shape[1])
         with torch.no_grad():
-            energy = _energy(old_log_probs.float(), sum_pi_squared.float())
+            energy = bounded_energy(old_log_probs.float(), sum_pi_squared.float(), _REACH)
             found = otb_advantage(token_level_rewards, response_mask, index, energy, is_weights=rollout_is_weights, **options)
         return found.advantages, found.returns
 

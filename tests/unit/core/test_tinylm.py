@@ -192,6 +192,8 @@ def test_impossible_calls_are_refused(model, batch):
     ids, mask, _ = batch
     for call, text in ((lambda: model(ids, mask[:, 1:]), r"attention_mask must be \(5, 14\), one entry a position, got \(5, 13\)"),
                        (lambda: model(ids[:, :0]), r"at least one position, got shape \(5, 0\)"),
+                       (lambda: model(ids[0]), r"input_ids must be \(B, T\), got shape \(14,\)"),
+                       (lambda: model.base_model(ids[None], use_cache=True), r"input_ids must be \(B, T\), got shape \(1, 5, 14\)"),
                        (lambda: model(ids, past_key_values=KVCache(model, 4, 14)), "the cache has 4 rows, input_ids has 5"),
                        (lambda: model(ids[:, :1], past_key_values=KVCache(model, 5, 14, fixed=True)), "an attention_mask, got 1"),
                        (lambda: model(ids, mask, past_key_values=KVCache(model, 5, 14, fixed=True)), "one token a call")):

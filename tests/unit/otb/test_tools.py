@@ -47,6 +47,15 @@ def test_by_token_only_the_tail_of_the_longest_rollout_is_alone():
     assert comparators(torch.zeros(0, 3), []).shape == (0, 3) and comparators(torch.ones(2, 0), [1, 1]).shape == (2, 0)
 
 
+@pytest.mark.parametrize("uid", [[0, 0, 1, 1], (0, 0, 1, 1), np.array([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]),
+                                 list(torch.tensor([0, 0, 1, 1])), list(np.array(["a", "a", "b", "b"]))], ids=lambda u: type(u).__name__)
+def test_comparators_take_names_of_every_kind(uid):
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 1, 1]])
+    assert comparators(mask, uid).tolist() == [[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 1, 0]]
+    with pytest.raises(TypeError, match=r"uid must hold hashable values, got \[0\]"):
+        comparators(mask, [[0], [0], [1], [1]])
+
+
 def test_a_token_alone_in_its_column_gets_no_advantage_and_has_one_by_token():
     mask = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 0, 1]])
     rewards = torch.tensor([[0, 0, 0, 0, 0, 1.0], [0, 0, 0, 0, 0, 0]])

@@ -127,8 +127,9 @@ def test_tables_refuse_what_cannot_be_compared():
         arm_table({"a": made([1]), "b": made([1, 2])})
     with pytest.raises(ValueError, match=r"got \[0\] runs"):
         arm_table({"a": made([])})
-    with pytest.raises(ValueError, match=r"reference must be one of \[\], got None"):
-        arm_table({})
+    for reference in (None, "a"):
+        with pytest.raises(ValueError, match="at least one arm is needed, got none"):
+            arm_table({}, reference=reference)
 
 
 # ---- runs ----
@@ -142,6 +143,17 @@ def test_compare_gives_a_row_an_arm(policy):
         compare({"otb": FAST}, TINY, seeds=[0], target=2, steps=1)
     with pytest.raises(TimeoutError, match="1 of 1 runs are not finished"):
         compare({"otb": FAST}, TINY, seeds=[0], target=1.0, steps=2, start=policy, seconds=-1)
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"reference": "b"}, r"reference must be one of \['a'\], got 'b'"), ({"arms": {}}, "at least one arm is needed, got none"),
+    ({"arms": {}, "reference": "a"}, "at least one arm is needed"), ({"seeds": iter(())}, "at least one seed is needed, got none"),
+    ({"steps": 0}, "steps must be an integer >= 1, got 0"), ({"steps": 1.5}, "steps must be an integer >= 1, got 1.5"),
+    ({"n_boot": 0}, "n_boot must be an integer >= 1, got 0")])
+def test_compare_checks_before_it_trains(monkeypatch, change, text):
+    monkeypatch.setattr(training, "run_arms", lambda *args, **options: pytest.fail("trained before the check"))
+    with pytest.raises(ValueError, match=text):
+        compare(**({"arms": {"a": FAST}, "task": TINY, "seeds": [0], "target": 0.5, "steps": 1} | change))
 
 
 # ---- the study ----

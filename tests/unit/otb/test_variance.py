@@ -5,11 +5,15 @@ import torch
 
 from collai.core.claims import load_results, save_results
 from collai.core.tinylm import TinyLM
+from collai.eval.stats import resample_counts
 from collai.otb import variance
 from collai.otb.variance import measure, paired_gradient_variance, token_gradient_norms, variance_metrics
 from collai.rl.adv import Advantage, rloo_advantage
 from collai.rl.buffer import Rollouts
+from collai.rl.sample import generate
 from collai.rl.stats import TokenStats, model_token_stats
+from collai.rl.tasks import ChainSum
+from collai.rl.train import warm_start
 
 torch.set_num_threads(1)
 
@@ -75,7 +79,7 @@ def test_norms_are_those_of_plain_autograd(model):
 def test_energy_times_hidden_norm_is_the_norm_of_the_output_layer(model):
     double, r = TinyLM(**model.config).double(), batch()
     norms, valid = token_gradient_norms(double, r), r.mask.bool()
-    stats = model_token_stats(double, *variance._inputs(r), 6, mask=r.mask, outputs=("energy", "hidden_sq"))
+    stats = model_token_stats(double, *r.inputs(), 6, mask=r.mask, outputs=("energy", "hidden_sq"))
     assert torch.allclose((stats.energy * stats.hidden_sq).double()[valid], norms.head[valid], rtol=1e-5)
     assert (norms.token >= norms.head * (1 - 1e-12)).all()
 
@@ -98,6 +102,9 @@ def test_rank_correlations_are_scipys_and_lie_in_their_intervals():
     y = x + rng.random(60)
     (rho, lo, hi), (one, low, high) = variance._rank_correlations([(x, y), (x, 2 * x)], rows, 60)
     assert np.isclose(rho, spearmanr(x, y).statistic) and lo < rho < hi
+    drawn = [np.repeat(np.arange(60), c) for c in resample_counts(12, 60)[:, rows]]
+    slow = np.quantile([spearmanr(x[at], y[at]).statistic for at in drawn], [0.025, 0.975])
+    assert np.allclose((lo, hi), slow, atol=1e-12)
     assert one == pytest.approx(1) and low == pytest.approx(1) and high == pytest.approx(1)
 
 
@@ -110,7 +117,8 @@ KINDS = {"rloo": {}, "plain": {"estimator": "grpo", "scale": "none"}, "loo": {"e
 
 def test_variances_are_those_of_gradients_taken_one_by_one(model):
     r = batch()
-    rows = {x["name"]: x for x in paired_gradient_variance(model, r, KINDS, n_boot=40)}
+    table = paired_gradient_variance(model, r, KINDS, n_boot=40)
+    rows = table.to_dict("index")
     logp, names = dense_logp(model, r), sorted(set(r.uid))
     adv = {"rloo": rloo_advantage(r.rewards, r.mask, r.uid).advantages, "energetic": r.energy * r.rewards.sum(1, keepdim=True)}
     for name, a in adv.items():
@@ -132,18 +140,43 @@ def test_the_bootstrap_is_paired_and_centred():
     values, product = variance._moments(gram, gram, w)
     copies = [np.repeat(g[1].double().numpy(), c, axis=0) for c in counts[:20]]
     direct = [np.cov(x.T).trace() * 10 / 9 for x in copies]
-    assert np.allclose(values[1:21], direct) and np.allclose(product[1:21], [x.mean(0) @ x.mean(0) for x in copies])
+    apart = ~np.eye(10, dtype=bool)
+    pairs = [np.average(gram[apart], weights=np.outer(c, c)[apart]) for c in counts[:20]]
+    assert np.allclose(values[1:21], direct) and np.allclose(product[1:21], pairs)
+    assert np.isclose(product[0], (gram.sum() - np.trace(gram)) / 90)
     assert np.isclose(values[0], np.cov(g[1].double().numpy().T).trace())
     assert abs(values[1:].mean() / values[0] - 1) < 5 * values[1:].std() / values[0] / np.sqrt(4000)
     row = variance._table(torch.stack([g[0], g[0] * 3]), w)[1]
     assert row["ratio_lo"] == pytest.approx(9, rel=1e-5) and row["ratio_hi"] == pytest.approx(9, rel=1e-5)
 
 
+def test_the_scale_has_no_bias_from_the_noise():
+    """Means (1, 0) and (0.5, 0), noise that two estimators share: the product of averages would give a scale near 1."""
+    rng = np.random.default_rng(0)
+    noise = 6 * rng.normal(size=(3000, 8, 5))
+    scales = []
+    for x in noise:
+        a, b = x + np.eye(5)[0], x + 0.5 * np.eye(5)[0]
+        scales.append([variance._moments(a @ a.T, y @ a.T, np.ones((1, 8)))[1][0] for y in (a, b)])
+    size, product = np.mean(scales, axis=0)
+    spread = np.std(scales, axis=0) / np.sqrt(3000)
+    assert abs(size - 1) < 5 * spread[0] < 5 and abs(product - 0.5) < 5 * spread[1] < 5
+    biased = np.mean([(x.mean(0) + np.eye(5)[0]) @ (x.mean(0) + np.eye(5)[0]) for x in noise])
+    assert biased > 20
+
+
+def test_names_alone_are_taken_and_a_lone_name(model):
+    table = paired_gradient_variance(model, batch(), ("rloo", "otb"), n_boot=5)
+    assert list(table.index) == ["rloo", "otb"] and table["groups"].tolist() == [4, 4]
+    assert table.equals(paired_gradient_variance(model, batch(), {"rloo": {}, "otb": {}}, n_boot=5))
+    assert list(paired_gradient_variance(model, batch(), "otb", n_boot=5).index) == ["otb"]
+
+
 def test_a_batch_in_which_nothing_is_learned_gives_nan_not_an_error(model):
     r = batch(3, 2)
     r.rewards.zero_()
-    first, second = paired_gradient_variance(model, r, {"rloo": {}, "otb": {}}, n_boot=10)
-    assert first["variance"] == 0 and np.isnan(second["ratio"]) and np.isnan(second["scaled_lo"])
+    table = paired_gradient_variance(model, r, {"rloo": {}, "otb": {}}, n_boot=10)
+    assert table.loc["rloo", "variance"] == 0 and np.isnan(table.loc["otb", "ratio"]) and np.isnan(table.loc["otb", "scaled_lo"])
 
 
 def test_inputs_are_not_changed(model):
@@ -156,7 +189,9 @@ def test_inputs_are_not_changed(model):
 
 
 @pytest.mark.parametrize(("rows", "kinds", "text"), [
-    (None, {}, "estimators is empty"), (None, {"best": {}}, "unknown advantage 'best'"),
+    (None, {}, "estimators is empty"), (None, [], "estimators is empty"), (None, {"best": {}}, "unknown advantage 'best'"),
+    (None, {"otb": {"foo": 1}}, "unknown otb option 'foo', use one of 'is_weights', 'weighting'"),
+    (None, {"x": {"estimator": "rloo", "foo": 1}}, "unknown rloo option 'foo'"),
     ([0], {"rloo": {}}, "a variance needs at least 2 groups, got 1"),
     (None, {"x": lambda rewards, mask, uid: mask[:1]}, r"estimator 'x' must give finite \(12, 6\), got \(1, 6\)"),
     (None, {"x": lambda rewards, mask, uid: rewards * float("nan")}, "estimator 'x' must give finite"),
@@ -176,7 +211,7 @@ def test_missing_energies_are_named(model):
 
 
 def test_the_number_of_resamples_is_checked(model):
-    with pytest.raises(ValueError, match="n_boot must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_boot must be >= 1, got 0"):
         paired_gradient_variance(model, batch(), {"rloo": {}}, n_boot=0)
 
 
@@ -192,14 +227,30 @@ def test_metrics_are_the_formula_with_and_without_hidden_norms():
     assert full == pytest.approx({"power": (4 * 2.0 + 3.0) / 2, "signal": 0.25, "noise": 5.25})
 
 
-def test_metrics_estimate_the_noise_of_the_output_layer(model):
-    double, r = TinyLM(**model.config).double(), batch(12, 4, tool=False)
+def test_metrics_estimate_the_noise_of_independent_rollouts(model):
+    double, r = TinyLM(**model.config).double(), batch(12, 4, tool=False)  # every row has a prompt of its own
     adv, out = rloo_advantage(r.rewards, r.mask, r.uid), double.get_output_embeddings().weight
     logp = dense_logp(double, r)
     each = torch.stack([torch.autograd.grad(x, out, retain_graph=True)[0].ravel() for x in (adv.advantages * logp).sum(1)])
-    stats = model_token_stats(double, *variance._inputs(r), 6, mask=r.mask, outputs=("energy", "hidden_sq"))
+    assert torch.allclose(variance._head_gradients(double, r, adv.advantages), each, atol=1e-9)
+    stats = model_token_stats(double, *r.inputs(), 6, mask=r.mask, outputs=("energy", "hidden_sq"))
     found = variance_metrics(stats, adv, r.mask, each.mean(0).norm().item())
     assert found["noise"] == pytest.approx(each.var(dim=0).sum().item() / len(each), rel=0.4)
+
+
+def test_the_noise_by_groups_is_that_of_batches_of_new_prompts():
+    """True noise over many batches of the shipped policy: by groups right, by rollouts far too small at N = 32."""
+    task = ChainSum()
+    model, tok = warm_start(task)
+    problems = [task.sample(np.random.default_rng([9, i])) for i in range(96)]
+    many = generate(model, tok, problems, n=32, max_new=task.max_new, seed=3)
+    each = variance._head_gradients(model, many, rloo_advantage(many.rewards, many.mask, many.uid).advantages)
+    means = each.view(12, 8 * 32, -1).mean(dim=1)  # twelve batches of eight prompts
+    truth = means.var(dim=0).sum().item()
+    found = [variance._noise(model, many.select(range(256 * i, 256 * i + 256)), 32, 10) for i in range(12)]
+    by_groups, by_rollouts = (np.mean([r[name] for r in found]) for name in ("measured", "by_rollouts"))
+    assert by_groups == pytest.approx(truth, rel=0.5) and by_rollouts < 0.4 * truth
+    assert np.mean([r["forward"] for r in found]) == pytest.approx(by_rollouts, rel=0.2)
 
 
 def test_metrics_need_energies():
@@ -216,9 +267,11 @@ def test_rows_of_the_measurement_can_be_stored(tmp_path, monkeypatch):
     sample = variance.generate
     monkeypatch.setattr(variance, "generate", lambda model, tok, problems, **kw: sample(model, tok, problems[:3], **kw))
     monkeypatch.setattr(variance, "_STUDY", {"rloo": {}, "otb": {}})
+    assert variance._first(batch(), 1).uid == batch().uid[:1]
     ranks = variance._rank_correlations
     monkeypatch.setattr(variance, "_rank_correlations", lambda pairs, rows, n_boot: ranks(pairs, rows, 20))
     save_results(tmp_path / "x.json", measure("cpu"))
     rows = load_results(tmp_path / "x.json")["rows"]
-    assert {"proxy_e", "proxy_W_h2", "variance_otb_4", "variance_rloo_32"} <= rows.keys()
+    assert {"proxy_e", "proxy_W_h2", "noise_4", "noise_32", "variance_otb_4", "variance_rloo_32"} <= rows.keys()
+    assert rows["variance_otb_4"]["groups"] == 3 and rows["noise_32"]["by_rollouts"] > 0
     assert rows["proxy_e"]["measured"] > 0.5

@@ -2,6 +2,7 @@
 import inspect
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,8 +12,13 @@ from hypothesis import strategies as st
 
 from collai.rl import adv
 from collai.rl.adv import (
+    bounded_energy,
+    check_estimator_options,
+    check_integer,
+    check_tensors,
     check_tokens,
     get_advantage,
+    group_index,
     grpo_advantage,
     opo_advantage,
     otb_advantage,
@@ -446,12 +452,16 @@ HOLE = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
     ({"align": "column"}, "unknown align 'column', use one of 'position', 'token'"),
     ({"finished": "stop"}, "unknown finished 'stop', use one of 'drop', 'keep'"),
     ({"prior": "group", "prior_strength": 1.0}, "unknown prior 'group', use one of 'batch'"),
-    ({"prior": torch.ones(3), "prior_strength": 1.0}, r"prior must be \(2,\) and finite, got shape \(3,\)"),
-    ({"prior": torch.tensor([1.0, torch.nan])}, r"prior must be \(2,\) and finite"),
+    ({"prior": torch.ones(3), "prior_strength": 1.0}, r"prior must have shape \(2,\), got \(3,\)"),
+    ({"prior": torch.tensor([1.0, torch.nan])}, "prior must be finite, got nan at column 1"),
     ({"prior_strength": 1.0}, "prior_strength is 1.0 but prior is None"),
     ({"prior": "batch", "prior_strength": -1.0}, "prior_strength must be finite and not negative, got -1.0"),
     ({"prior": "batch", "prior_strength": np.inf}, "prior_strength must be finite and not negative, got inf"),
     ({"eps": -1e-8}, "eps must be finite and not negative, got -1e-08"),
+    ({"prior": "batch"}, "a prior has no effect while prior_strength is 0"),
+    ({"prior": torch.ones(2), "prior_strength": 0}, "a prior has no effect while prior_strength is 0"),
+    ({"leave_one_out": "False"}, "leave_one_out must be True or False, got 'False'"),
+    ({"zero_tail": None}, "zero_tail must be True or False, got None"),
 ])
 def test_bad_otb_arguments_are_refused(changed, text):
     with pytest.raises(ValueError, match=text):
@@ -488,9 +498,153 @@ def test_a_lost_reward_warns_once():
         assert len(seen) == 1
 
 
+def test_rows_that_all_stand_alone_warn_once():
+    r, m, uid = torch.ones(3, 2), torch.ones(3, 2), range(3)
+    for function in (grpo_advantage, rloo_advantage, opo_advantage, lambda r, m, u: otb_advantage(r, m, u, m)):
+        with pytest.warns(UserWarning, match="every row has a uid of its own") as seen:
+            function(r, m, uid)
+        assert len(seen) == 1
+
+
+def test_no_such_warning_where_nothing_could_be_compared_or_others_are(recwarn):
+    r, m = torch.ones(3, 2), torch.ones(3, 2)
+    for name in ESTIMATORS:
+        estimate(name, r, m, [0, 1, 1], m), estimate(name, r[:1], m[:1], [0], m[:1])
+        estimate(name, r[:0], m[:0], [], m[:0]), estimate(name, 0 * r, 0 * m, range(3), m)
+    otb_advantage(r, m, range(3), m, leave_one_out=True, prior="batch", prior_strength=1.0)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_energies_may_be_as_large_as_float32_holds(weighting):
+    (r, e), m, uid = batch(2)
+    options = {"weighting": weighting, "prior": "batch", "prior_strength": 1.0, "eps": 0.0}
+    for leave_one_out in (False, True):
+        small, large = (otb_advantage(r, m, uid, k * e, is_weights=k * e, leave_one_out=leave_one_out, **options) for k in (1.0, 1e38))
+        assert difference(small.advantages, large.advantages) < 1e-5
+
+
+class Named(NamedTuple):
+    logp: torch.Tensor = M
+    energy: torch.Tensor = M
+
+
+@pytest.mark.parametrize("bad", [[[1.0, 0.0], [0.0, 0.0]], np.ones((2, 2)), None, Named()])
+def test_what_is_no_tensor_is_refused_by_name(bad):
+    text = f"must be a torch.Tensor, got {type(bad).__name__}" + ("; take one of its fields: .logp, .energy$" if isinstance(bad, Named) else "$")
+    for name in ("rewards", "mask", "energy"):
+        with pytest.raises(TypeError, match=f"{name} {text}"):
+            otb_advantage(**{"rewards": R, "mask": M, "uid": U, "energy": E, name: bad})
+    for function in (grpo_advantage, rloo_advantage, opo_advantage, lambda r, m, u: returns_to_go(r, m)):
+        for three, name in (((bad, M, U), "rewards"), ((R, bad, U), "mask")):
+            with pytest.raises(TypeError, match=f"{name} {text}"):
+                function(*three)
+    if bad is not None:
+        with pytest.raises(TypeError, match=f"x {text}"):
+            check_tokens(M, x=bad)
+    assert check_tensors(x=M) is None and check_tokens(M, x=None).all()
+
+
 def test_numbers_that_float32_cannot_hold_are_refused():
     mask = torch.tensor([[1, 1], [0, 1]])
     check_tokens(mask, rewards=torch.full((2, 2), 3e38))
     check_tokens(mask, rewards=torch.tensor([[1, 1], [1e39, 1]], dtype=torch.float64))
     with pytest.raises(ValueError, match="rewards contain non-finite values at row 1, column 1"):
         check_tokens(mask, rewards=torch.tensor([[1, 1], [1, 1e39]], dtype=torch.float64))
+
+
+# --- options, groups and priors before anything is estimated --------------------------------------
+
+@pytest.mark.parametrize(("estimator", "options", "text"), [
+    ("otb", {"foo": 1}, "unknown otb option 'foo', use one of 'weighting', 'align', 'leave_one_out', 'finished', 'prior'"),
+    ("otb", {"energy": 1}, "unknown otb option 'energy', use one of"),
+    ("otb", {"is_weights": 1}, "unknown otb option 'is_weights', use one of"),
+    ("grpo", {"foo": 1}, "unknown grpo option 'foo', use one of 'scale', 'eps'"),
+    ("rloo", {"uid": 1}, "unknown rloo option 'uid': rloo has none"),
+    (opo_advantage, {"eps": 1}, "unknown opo_advantage option 'eps': opo_advantage has none"),
+    ("gae", {}, "unknown advantage 'gae'"),
+    ("otb", None, "options of otb must be a mapping of keywords, got None"),
+    ("otb", {"weighting": "length"}, "unknown weighting 'length'"),
+    ("otb", {"prior": torch.ones(3)[0], "prior_strength": 1.0}, r"prior must have shape \(1,\), got \(\)"),
+    ("otb", {"prior_strength": 1.0}, "prior_strength is 1.0 but prior is None"),
+    ("grpo", {"scale": "std"}, "unknown scale 'std'"),
+    ("grpo", {"eps": 0}, "eps must be positive, got 0")])
+def test_options_are_refused_by_name_and_value(estimator, options, text):
+    with pytest.raises(ValueError, match=text):
+        check_estimator_options(estimator, options)
+
+
+def test_options_that_are_known_come_back_as_a_copy():
+    given = {"weighting": "token", "prior": torch.ones(7), "prior_strength": 2.0}
+    found = check_estimator_options("otb", given)
+    assert found == given and found is not given
+    assert check_estimator_options(otb_advantage, {"is_weights": None}, given=("energy",)) == {"is_weights": None}
+    assert check_estimator_options(lambda rewards, mask, uid, **more: None, {"any": 1}) == {"any": 1}
+    assert check_estimator_options(lambda *all_of_them, pull=0: None, {"pull": 1}) == {"pull": 1}
+
+
+@pytest.mark.parametrize("uid", [
+    [torch.tensor(0), torch.tensor(0), torch.tensor(1), torch.tensor(1)], list(torch.tensor([3, 3, 1, 1])),
+    list(np.array([3, 3, 1, 1])), torch.tensor([0, 0, 1, 1]), np.array([5, 5, 6, 6]), "aabb", [("a", 1), ("a", 1), 0.5, 0.5]])
+def test_names_of_groups_count_by_their_value(uid):
+    assert group_index(uid, 4).tolist() == [0, 0, 1, 1]
+    r = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    assert rloo_advantage(r, torch.ones(4, 1), uid).advantages[:, 0].tolist() == [1, -1, 1, -1]
+
+
+@pytest.mark.parametrize(("uid", "shown"), [([[0], [1]], r"\[0\]"), (torch.tensor([[0, 1], [1, 2]]), r"\[0, 1\]"),
+                                            (list(torch.tensor([[0, 1], [1, 2]])), r"\[0, 1\]"), (["a", ("b", [1])], r"\('b', \[1\]\)")])
+def test_names_of_groups_are_hashable(uid, shown):
+    with pytest.raises(TypeError, match=f"uid must hold hashable values, got {shown}"):
+        rloo_advantage(torch.zeros(2, 1), torch.ones(2, 1), uid)
+
+
+@pytest.mark.parametrize(("prior", "text"), [
+    ([0.5, 0.5], r"prior must be None, 'batch' or a tensor of shape \(T,\), got \[0.5, 0.5\]"),
+    (0.5, "prior must be None, 'batch' or a tensor of shape"), (np.ones(2), "prior must be None, 'batch' or a tensor of shape"),
+    (torch.ones(3), r"prior must have shape \(2,\), got \(3,\)"), (torch.ones(1, 2), r"prior must have shape \(2,\), got \(1, 2\)"),
+    (torch.tensor([0.0, torch.nan]), "prior must be finite, got nan at column 1")])
+def test_priors_are_refused_for_what_is_wrong(prior, text):
+    x = torch.ones(1, 2)
+    with pytest.raises(ValueError, match=text):
+        otb_advantage(x, x, [0], x, prior=prior, prior_strength=1.0)
+
+
+def test_a_mask_is_refused_with_the_value():
+    with pytest.raises(ValueError, match="mask must contain only 0 and 1, got 0.5"):
+        check_tokens(torch.tensor([[1.0, 0.5]]))
+
+
+def test_whole_numbers_are_checked_one_way():
+    assert [check_integer("n", x, 0) for x in (0, np.int64(3), np.uint64(2**64 - 1), 2**70)] == [0, 3, 2**64 - 1, 2**70]
+    assert all(type(check_integer("n", x, 0, 9)) is int for x in (1, np.int8(9)))
+    for value, low, high, text in ((0.5, 0, None, "n must be an integer >= 0, got 0.5"), (True, 0, None, "got True"), (None, 0, 1, "got None"),
+                                   (-1, 0, None, "n must be an integer >= 0, got -1"), (2, 0, 1, r"n must be an integer in \[0, 1\], got 2"),
+                                   (np.bool_(True), 0, 1, "must be an integer"), (torch.ones(2), 0, 1, "must be an integer")):
+        with pytest.raises(ValueError, match=text):
+            check_integer("n", value, low, high)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 30))
+@QUICK
+def test_a_bounded_energy_is_never_farther_from_the_truth(seed, gap):
+    z = torch.as_tensor(np.random.default_rng(seed).normal(size=(40, 9)))
+    z[:, 0] += gap
+    pi, logp = z.softmax(-1), z.log_softmax(-1)[:, 0].float()
+    p, q = logp.double().exp(), pi.square().sum(-1).float()  # ln p counts as exact
+    rest = torch.expm1(logp.double()).square()
+    s = pi[:, 1:].square().sum(-1).clamp(max=rest)
+    e, loose = bounded_energy(logp, q), bounded_energy(logp, q, 1e-5)
+    assert (e >= rest.float() * 0.999).all() and (e <= 2.001 * rest.float()).all()
+    plain = (q - (2 * logp).exp()).double()
+    assert ((e.double() - rest - s).abs() <= (plain - s).abs() + 1e-6 * rest).all()
+    assert torch.equal(e, loose) and (p <= 1).all()
+
+
+def test_energies_far_outside_their_bounds_stay_within_reach_only():
+    logp, q = torch.tensor([-0.5, -0.5, -0.5]), torch.tensor([0.9, 0.1, float("nan")])
+    rest = torch.expm1(logp[0]) ** 2
+    assert torch.allclose(bounded_energy(logp, q)[:2], torch.stack([2 * rest, rest]))
+    far = bounded_energy(logp, q, 1e-5)
+    assert torch.allclose(far[:2], torch.stack([rest + 0.9 - torch.exp(torch.tensor(-1.0)), rest]))  # a negative one is never kept
+    assert far[2].isnan() and bounded_energy(logp, q)[2].isnan()

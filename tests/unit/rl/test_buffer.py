@@ -72,7 +72,7 @@ def test_selecting_twice_and_joining_parts_are_single_selections(seed, first, se
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_joining_is_associative_and_pads_prompts_left_and_responses_right(seed):
-    x, y, z = (batch(seed + k, rows=2 + k) for k in range(3))
+    x, y, z = (replace(b, uid=[f"{k} {u}" for u in b.uid]) for k, b in enumerate(batch(seed + k, rows=2 + k) for k in range(3)))
     before = [snapshot(b) for b in (x, y, z)]
     whole = Rollouts.concat([x, y, z])
     assert same(whole, Rollouts.concat([Rollouts.concat([x, y]), z]))
@@ -90,12 +90,11 @@ def test_joining_is_associative_and_pads_prompts_left_and_responses_right(seed):
 
 
 @pytest.mark.parametrize("index", [2, -1, [0, 3, 0], slice(1, None, 2), range(2), np.array([1, 0]), torch.tensor([3]),
-                                   [True, False, True, False], torch.tensor([False, True, True, False]), []])
+                                   [True, False, True, False], torch.tensor([False, True, True, False]), [], (0, 1), (2,), (),
+                                   slice(None, None, -1), slice(-1, 0, -2), np.arange(4)[::-1], torch.tensor([], dtype=torch.long)])
 def test_every_kind_of_index_selects_the_rows_it_names(index):
     x = batch(7)
-    want = np.arange(4)[list(index) if isinstance(index, range | list) and len(index) else
-                        np.array([], int) if isinstance(index, list) else np.asarray(index) if not isinstance(index, int | slice)
-                        else index].reshape(-1)
+    want = np.arange(4)[index if isinstance(index, int | slice) else np.asarray(index, dtype=None if len(index) else int)].reshape(-1).copy()
     got = x.select(index)
     assert got.meta["n"] == [x.meta["n"][i] for i in want] and got.uid == [x.uid[i] for i in want]
     assert torch.equal(got.ids, x.ids[torch.as_tensor(want)]) and len(got) == len(want)
@@ -104,7 +103,7 @@ def test_every_kind_of_index_selects_the_rows_it_names(index):
     assert len(got) == 0 or not torch.equal(got.ids, x.ids[torch.as_tensor(want)])
 
 
-@pytest.mark.parametrize("index", [4, [0, 5], [True, False]])
+@pytest.mark.parametrize("index", [4, [0, 5], [True, False], (0, 4), (True, False)])
 def test_rows_that_do_not_exist_are_refused(index):
     with pytest.raises(IndexError):
         batch(0).select(index)
@@ -177,7 +176,13 @@ def test_what_cannot_be_stored_or_read_is_refused_by_name(tmp_path):
     save_file({"ids": torch.zeros(2, 2)}, tmp_path / "other")
     with pytest.raises(ValueError, match="other holds no rollouts: 'json'"):
         Rollouts.load(tmp_path / "other")
-    assert sorted(os.listdir(tmp_path)) == ["other", "text"]
+    for name, text in (("cut", b'{"uid": [1'), ("bytes", b"\xff\xfe"), ("list", b"[1]"), ("none", b'{"uid": null, "meta": null}'),
+                       ("unhashable", b'{"uid": [[1], [2]], "meta": null}'), ("meta", b'{"uid": [1, 2], "meta": [1]}')):
+        stored = {n: v for n, v in vars(X).items() if isinstance(v, torch.Tensor)}
+        save_file(stored | {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} holds no rollouts: "):
+            Rollouts.load(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 8
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
@@ -215,8 +220,8 @@ def test_a_valid_batch_passes_also_with_masks_of_other_kinds_and_zeros_as_turns(
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda: dict(mask=at("mask", 0, 0, 2)), "mask must contain only 0 and 1"),
-    (lambda: dict(prompt_mask=at("prompt_mask", 0, 0, 2)), "prompt_mask must contain only 0 and 1"),
+    (lambda: dict(mask=at("mask", 0, 0, 2)), "mask must contain only 0 and 1, got 2"),
+    (lambda: dict(prompt_mask=at("prompt_mask", 0, 0, 2)), "prompt_mask must contain only 0 and 1, got 2"),
     (lambda: dict(prompt_mask=at("prompt_mask", 1, 2, 0)), "prompt_mask must be left-padded, got a 0 after a 1 at row 1, column 2"),
     (lambda: dict(turn=at("turn", 1, 1, -1)), "turn must be -1 only at the end of a row, got a turn after it at row 1, column 2"),
     (lambda: dict(turn=at("turn", 0, 1, -1)), "turn must be >= 0 on valid tokens, got -1 at row 0, column 1"),
@@ -239,8 +244,14 @@ def test_broken_invariants_are_named_with_field_and_place(change, message):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda: dict(ids=torch.ones(2, 4)), "ids must hold integers, got torch.float32"),
     (lambda: dict(turn=torch.zeros(2, 4).bool()), "turn must hold integers, got torch.bool"),
+    (lambda: dict(ids=[[1, 1, 1, 1]] * 2), "ids must be a torch.Tensor, got list"),
+    (lambda: dict(energy=np.ones((2, 4))), "energy must be a torch.Tensor, got ndarray"),
+    (lambda: dict(rewards=None), "rewards must be a torch.Tensor, got NoneType"),
     (lambda: dict(meta={"text": "ab"}), r"meta\['text'\] must be a list, got str"),
-    (lambda: dict(uid=[[1], [2]]), r"uid must hold hashable values, got \[1\]")])
+    (lambda: dict(uid=[[1], [2]]), r"uid must hold hashable values, got \[1\]"),
+    (lambda: dict(uid=[("a", [1]), 2]), r"uid must hold hashable values, got \('a', \[1\]\)"),
+    (lambda: dict(uid=torch.tensor([[1, 2], [3, 4]])), r"uid must hold hashable values, got \[1, 2\]"),
+    (lambda: dict(meta=["a", "b"]), r"meta must be a dict of lists or None, got \['a', 'b'\]")])
 def test_wrong_types_are_named(change, message):
     with pytest.raises(TypeError, match=message):
         replace(X, **change()).validate()
@@ -255,3 +266,27 @@ def test_wrong_types_are_named(change, message):
 def test_batches_that_do_not_fit_are_not_joined(others, message):
     with pytest.raises(ValueError, match=message):
         Rollouts.concat(others())
+
+
+def test_a_uid_stands_for_one_prompt_when_batches_are_joined():
+    other = replace(X, prompt_ids=X.prompt_ids + torch.tensor([[0], [1]]))
+    with pytest.raises(ValueError, match=r"uid 1 stands for two prompts, in rows 1 and 3; give each batch names of its own"):
+        Rollouts.concat([X, other])
+    shorter = replace(X, prompt_mask=torch.tensor([[0, 1, 1], [0, 1, 1]]))
+    with pytest.raises(ValueError, match="uid 1 stands for two prompts"):
+        Rollouts.concat([X, shorter])
+    assert Rollouts.concat([X, replace(other, uid=[0, 2])]).uid == [0, 1, 0, 2]
+    padded = replace(X, prompt_ids=torch.nn.functional.pad(X.prompt_ids, (2, 0), value=9), prompt_mask=torch.nn.functional.pad(X.prompt_mask, (2, 0)))
+    junk = replace(X, prompt_ids=torch.where(X.prompt_mask == 1, X.prompt_ids, 7))
+    assert Rollouts.concat([X, padded, junk]).uid == [0, 1] * 3
+
+
+def test_whole_rows_are_prompts_then_responses_and_what_may_be_attended_to():
+    ids, attention = X.inputs()
+    assert torch.equal(ids, torch.ones(2, 7).long())
+    assert attention.tolist() == [[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]]
+    assert attention.dtype == X.prompt_mask.dtype and replace(X, prompt_mask=X.prompt_mask.bool()).inputs()[1].dtype == torch.bool
+    wide = Rollouts.concat([X, replace(batch(2, optional=(), meta=False), uid="abcd")])
+    for row, (tokens, seen) in enumerate(zip(*wide.inputs(), strict=True)):
+        prompt = wide.prompt_ids[row][wide.prompt_mask[row] == 1]
+        assert torch.equal(tokens[seen == 1], torch.cat([prompt, wide.ids[row][wide.turn[row] >= 0]]))

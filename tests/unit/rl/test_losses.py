@@ -16,6 +16,7 @@ def case(seed: int, rows: int = 4, columns: int = 7, dtype: torch.dtype = torch.
     junk = torch.tensor([math.nan, math.inf, -math.inf, 1e30])[torch.randint(4, mask.shape, generator=g)]
     out = {name: torch.randn(rows, columns, generator=g, dtype=torch.float64) * k
            for name, k in (("logp", 0.5), ("old_logp", 0.5), ("adv", 1.0), ("weight", 1.0), ("is_weights", 1.0))}
+    out["logp"], out["old_logp"] = out["logp"] - 4, out["old_logp"] - 4
     out["weight"], out["is_weights"] = out["weight"].abs(), out["is_weights"].exp()
     return {name: torch.where(mask, x, junk).to(dtype) for name, x in out.items()} | {"mask": mask}
 
@@ -220,6 +221,36 @@ GOOD = dict(logp=torch.zeros(2, 3), old_logp=torch.zeros(2, 3), adv=torch.zeros(
 def test_ppo_refuses_bad_input_and_says_why(change, message):
     with pytest.raises(ValueError, match=message):
         ppo_clip_loss(**(GOOD | change))
+
+
+def test_logits_and_probabilities_are_no_log_probabilities():
+    z = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    one = torch.ones(2, 3)
+    for x in (z[..., 4].abs(), z.softmax(-1).amax(-1), one * 0.13):
+        for call in (lambda x: ppo_clip_loss(x, x, one, one), lambda x: sft_loss(x, one)):
+            with pytest.raises(ValueError, match=r"log-probabilities can't be positive \(got max .*\): are these logits or probabilities"):
+                call(x)
+            call(torch.where(one.bool(), -x, x))
+
+
+def test_log_probabilities_that_rounding_made_positive_are_taken():
+    z = torch.tensor([[30.3, 41.1, 63.9]])
+    logp = z - z.bfloat16()  # a certain token, whose log-sum-exp was rounded to bfloat16
+    assert 0.05 < logp.max() < 0.125
+    assert all(torch.isfinite(f[0]) for f in (ppo_clip_loss(logp, logp, logp, logp == logp), sft_loss(logp, logp == logp)))
+
+
+@pytest.mark.parametrize("bad", [[[0.0]], None])
+def test_what_is_no_tensor_is_refused_by_name(bad):
+    x = torch.zeros(1, 1)
+    calls = {"logp": (lambda: ppo_clip_loss(bad, x, x, x), lambda: sft_loss(bad, x), lambda: kl_k3(bad, x)),
+             "old_logp": (lambda: ppo_clip_loss(x, bad, x, x), lambda: rollout_weights(bad, x, x)),
+             "adv": (lambda: ppo_clip_loss(x, x, bad, x),), "x": (lambda: aggregate(bad, x),), "ref_logp": (lambda: kl_k3(x, bad),),
+             "rollout_logp": (lambda: rollout_weights(x, bad, x),), "mask": (lambda: aggregate(x, bad), lambda: sft_loss(x, bad))}
+    for name, every in calls.items():
+        for call in every:
+            with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got {type(bad).__name__}"):
+                call()
 
 
 @pytest.mark.parametrize(("call", "message"), [

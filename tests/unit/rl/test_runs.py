@@ -1,5 +1,6 @@
 """Runs of several arms: resumable cells, accuracy at equal tokens, settings chosen on other seeds."""
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -61,6 +62,72 @@ def test_a_run_out_of_time_goes_on_where_it_was(policy, tmp_path, monkeypatch):
     (whole,) = run_arms({"a": FAST}, TINY, seeds=[3], steps=6, start=policy)["a"]
     assert np.array_equal(late.column("grad_norm"), whole.column("grad_norm")) and len(late) == 6
     assert not state.exists() and [f.suffix for f in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_killed_run_loses_one_interval_at_most(policy, tmp_path):
+    made = []
+
+    class Killed(Trainer):
+        def sample(self, step):
+            made.append(step)
+            if len(made) == 6:
+                raise SystemExit("killed")
+            return super().sample(step)
+
+    options = {"seeds": [3], "steps": 8, "start": policy, "folder": tmp_path, "make": Killed}
+    with pytest.raises(SystemExit):
+        run_arms({"a": FAST}, TINY, **options)
+    (state,) = tmp_path.iterdir()
+    assert len(torch.load(state / "trainer.pt", weights_only=True)["rows"]) == 4
+    (late,) = run_arms({"a": FAST}, TINY, **options)["a"]
+    assert made == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    (whole,) = run_arms({"a": FAST}, TINY, seeds=[3], steps=8, start=policy)["a"]
+    assert np.array_equal(late.column("grad_norm"), whole.column("grad_norm"))
+    assert [f.suffix for f in tmp_path.iterdir()] == [".json"]
+
+
+def cell(policy, tmp_path, **changed):
+    settings = {"cfg": TrainConfig(**FAST), "task": TINY, "model": policy, "steps": 4, "tokens": 1.0, "target": None, "make": Trainer,
+                "device": "cpu", "folder": tmp_path, "deadline": 0.0}
+    return runs._Cell(**(settings | changed))
+
+
+def test_every_digit_of_a_setting_is_part_of_a_run_s_name(policy, tmp_path):
+    """Numbers of tensors, also of long ones; classes of one name in two modules; parts of a partial; shape of the policy."""
+    def prior(change, count=3):
+        x = torch.full((count,), 0.5)
+        x[count // 2] += change
+        return TrainConfig(options={"prior": x, "prior_strength": 1.0}, **FAST)
+
+    def named(module, name="Trainer"):
+        return type("Trainer", (Trainer,), {"__module__": module, "__qualname__": name})
+
+    turned = TinyLM(**(policy.config | {"rope_theta": 5.0}))
+    turned.load_state_dict(policy.state_dict())
+    changes = [{}, *({"cfg": prior(x)} for x in (0.0, 1e-6, 9e-6)), *({"cfg": prior(x, 5000)} for x in (0.0, 1e-6)),
+               {"cfg": TrainConfig(**(FAST | {"lr": 0.01 + 1e-15}))}, {"make": named("a")}, {"make": named("b")}, {"make": named("a", "In.Trainer")},
+               {"make": functools.partial(Trainer)}, {"make": functools.partial(Trainer, extra=0.1)},
+               {"make": functools.partial(Trainer, extra=torch.tensor([0.1]))}, {"model": turned}, {"device": "cuda"}]
+    keys = [cell(policy, tmp_path, **change).key() for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert [cell(policy, tmp_path, **copy.deepcopy(change)).key() for change in changes] == keys
+
+
+def test_a_partial_makes_trainers_and_their_runs_are_kept(policy, tmp_path):
+    class Slow(Trainer):
+        def __init__(self, *args, pause):
+            super().__init__(*args)
+            self.pause = pause
+
+    options = {"seeds": [0], "steps": 2, "start": policy, "folder": tmp_path}
+    for pause in (0.1, 0.2):
+        run_arms({"a": FAST}, TINY, make=functools.partial(Slow, pause=pause), **options)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    for nameless in (lambda *args: Trainer(*args), functools.partial(Slow, pause=object())):
+        with pytest.raises(TypeError, match="a run can be kept in a folder if its settings have numbers or names, got"):
+            run_arms({"a": FAST}, TINY, make=nameless, **options)
+    with pytest.raises(ValueError, match="steps must be an integer >= 0, got 1.5"):
+        run_arms({"a": FAST}, TINY, **(options | {"steps": 1.5}))
 
 
 def test_runs_end_at_tokens_or_target(policy):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import config
 from scipy.stats import chisquare
 
 from collai.core.tinylm import CharTokenizer, TinyLM
@@ -232,9 +233,11 @@ def test_the_sampled_statistics_are_those_of_the_drawing_distribution():
 
 
 @pytest.mark.parametrize(("change", "text"), [
-    ({"problems": []}, "problems must hold at least one problem, got none"), ({"n": 0}, "n must be >= 1, got 0"),
-    ({"max_new": 0}, "max_new must be >= 1, got 0"), ({"seed": -1}, "seed must be >= 0, got -1"),
-    ({"max_turns": 0}, "max_turns must be >= 1, got 0"), ({"temperature": -1.0}, "finite and not negative, got -1.0"),
+    ({"problems": []}, "problems must hold at least one problem, got none"), ({"n": 0}, "n must be an integer >= 1, got 0"),
+    ({"max_new": 0}, "max_new must be an integer >= 1, got 0"), ({"seed": -1}, r"seed must be an integer in \[0, 18446744073709551615\], got -1"),
+    ({"max_turns": 0}, "max_turns must be an integer >= 1, got 0"), ({"n": 1.0}, "n must be an integer >= 1, got 1.0"),
+    ({"seed": 0.5}, "seed must be an integer in .*, got 0.5"), ({"seed": 2**64}, "seed must be an integer in .*, got 18446744073709551616"),
+    ({"max_new": True}, "max_new must be an integer >= 1, got True"), ({"max_turns": "2"}, "max_turns must be an integer >= 1, got '2'"), ({"temperature": -1.0}, "finite and not negative, got -1.0"),
     ({"temperature": float("nan")}, "got nan"), ({"problems": [Problem("1", "1")]}, "problem 0 has no task to judge it"),
     ({"problems": [PROBLEMS[0], Problem("", "1", "", TASK)]}, "problem 1 has an empty prompt: ''"),
     ({"problems": [Problem("x", "1", "", TASK)]}, "character 'x' of 'x' is not in the alphabet"),
@@ -242,6 +245,33 @@ def test_the_sampled_statistics_are_those_of_the_drawing_distribution():
 def test_bad_requests_are_refused(model, change, text):
     with pytest.raises(ValueError, match=text):
         generate(**({"model": model, "tok": TOK, "problems": PROBLEMS, "n": 1, "max_new": 4, "seed": 0} | change))
+
+
+@pytest.mark.parametrize("found", [None, float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_named(model, found):
+    task = Echo(3)
+    task.reward = lambda problem, transcript: found
+    with pytest.raises(ValueError, match=f"the reward of Echo must be a finite number, got {found} at row 0"):
+        generate(model, TOK, [Problem("1+1=", "2", "", task)], n=1, max_new=4, seed=0)
+
+
+@pytest.mark.parametrize("problems", [["text"], "text", [PROBLEMS[0], ("1", "2")]])
+def test_what_is_no_problem_is_named(model, problems):
+    with pytest.raises(TypeError, match=r"problems must hold values Problem\(prompt, answer, task=task\), got ('te?x?t?'|\('1', '2'\))"):
+        generate(model, TOK, problems, n=1, max_new=4, seed=0)
+
+
+def test_whole_numbers_of_numpy_and_the_last_seed_are_taken(model):
+    want = generate(model, TOK, PROBLEMS, n=2, max_new=4, seed=2**64 - 1)
+    config.update("jaxtyping_disable", True)  # the annotations say int
+    try:
+        found = generate(model, TOK, PROBLEMS, n=np.int64(2), max_new=np.int32(4), seed=np.uint64(2**64 - 1), max_turns=np.int8(1))
+    finally:
+        config.update("jaxtyping_disable", False)
+    assert torch.equal(found.ids, want.ids)
+    for bad in ({"seed": 0.5}, {"seed": -1}, {"seed": 2**64}, {"rows": -1}, {"steps": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be an integer"):
+            uniforms(**({"seed": 0, "rows": 1, "steps": 1} | bad))
 
 
 def test_logits_that_are_not_finite_are_refused(model):
@@ -290,6 +320,12 @@ def test_a_checkpoint_of_transformers_is_a_policy(tmp_path, qwen):
 def test_a_tokenizer_without_end_token_is_refused(tmp_path, monkeypatch):
     import transformers
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: type("T", (), {"eos_token_id": None}))
+    for name in ("./nope", "/no/pe", "~/nope", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no such folder: .*pe|no such folder: a/b/c"):
+            load_policy(name)
+    for dtype in ("bf16", "nn"):
+        with pytest.raises(ValueError, match=f"dtype must be one of torch or its name, such as 'bfloat16', got '{dtype}'"):
+            load_policy("somewhere", dtype=dtype)
     with pytest.raises(ValueError, match="the tokenizer of somewhere has no end-of-sequence token"):
         load_policy("somewhere")
 

@@ -4,10 +4,12 @@ from functools import partial
 from itertools import pairwise, product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import config
 
 from collai.core.tinylm import TinyLM
 from collai.rl import stats
@@ -114,7 +116,7 @@ def test_gradients_of_flat_and_of_certain_distributions_keep_their_digits():
         assert distance(torch.autograd.grad(found, leaf)[0], torch.autograd.grad(true, exact)[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("gap", [0.0, 5.0, 9.0, 15.0, 20.0, 30.0])
+@pytest.mark.parametrize("gap", [0.0, 5.0, 9.0, 15.0, 20.0, 30.0, 43.0])
 @pytest.mark.parametrize("vocab_chunk", [64, 8192])
 def test_the_energy_is_accurate_at_large_gaps(gap, vocab_chunk):
     rng = torch.Generator().manual_seed(4)
@@ -442,12 +444,24 @@ def test_bad_calls_are_refused(changes, error, text):
     ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
     ({"token_chunk": 0}, ValueError, "token_chunk must be an integer >= 1, got 0"),
     ({"vocab_chunk": 2.5}, ValueError, "vocab_chunk must be an integer >= 1, got 2.5"),
-    ({"backend": "cuda"}, ValueError, "backend must be among 'auto', 'torch', 'compile', 'triton', got 'cuda'"),
-    ({"outputs": ("logp", "kl")}, ValueError, "outputs must be among 'logp', 'entropy', .*, got 'kl'"),
+    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda', use one of 'auto', 'torch', 'compile', 'triton'"),
+    ({"outputs": ("logp", "kl")}, ValueError, "unknown output 'kl', use one of 'logp', 'entropy', "),
 ])
 def test_bad_heads_and_options_are_refused(changes, error, text):
     with pytest.raises(error, match=text):
         linear_token_stats(**{"hidden": Z, "weight": torch.zeros(5, 5), "ids": A} | changes)
+
+
+def test_outputs_may_be_any_iterable_and_chunks_numbers_of_numpy():
+    h, w, _, ids, _ = case()
+    found = linear_token_stats(h, w, ids, outputs=iter(("logp", "hidden_sq")))
+    assert torch.equal(found.logp, linear_token_stats(h, w, ids).logp) and found.hidden_sq is not None and found.entropy is None
+    config.update("jaxtyping_disable", True)  # annotations say int
+    try:
+        small = linear_token_stats(h, w, ids, token_chunk=np.int64(2), vocab_chunk=np.int32(7))
+    finally:
+        config.update("jaxtyping_disable", False)
+    assert torch.allclose(small.logp, found.logp, atol=1e-6)
 
 
 def test_logits_must_be_floating_and_not_empty():

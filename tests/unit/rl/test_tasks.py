@@ -75,6 +75,14 @@ def test_wrong_syntax_has_no_reply(turn):
     assert CalcTool(3).step(turn) is None
 
 
+@pytest.mark.parametrize("digits", [1000, 2200, 5000])
+@pytest.mark.parametrize("sign", ["*", "+"])
+def test_a_call_of_endless_numbers_has_no_reply(digits, sign):
+    nines = 10**digits - 1
+    reply = CalcTool(32, 6).step(f"1=1;<{'9' * digits}{sign}{'9' * digits}>")
+    assert reply is None if digits > 1000 else reply == f"={nines**2 if sign == '*' else 2 * nines};"
+
+
 def test_outcomes_count_and_not_the_way():
     p, task = Problem("(3-6)*2=", "-6"), CalcTool(2)
     assert [task.reward(p, x) for x in ("-6.", "<3-6>=-3;<-3*2>=-6;-6.", "<9+9>=18;-6.")] == [1.0] * 3
@@ -120,6 +128,28 @@ def test_plain_rows_are_read_and_make_a_task(tmp_path):
     assert task.step("4.") is None and task.tokenizer().encode("2+2=é4.")
 
 
+def test_the_key_of_prompts_tells_their_tasks_apart():
+    """Stored runs are found again by it."""
+    one, other = Problem("1+1=", "2"), Problem("1+1=", "3")
+    keys = [PromptTask(*args).key for args in (([one],), ([other],), ([one, other],), ([other, one],), ([one], 7),
+                                               ([Problem("1+1=", "2", "2.")],), ([Problem([{"role": "user", "content": "1+1="}], "2")],))]
+    assert len(set(keys)) == 7 and PromptTask([one], 1024).key == keys[0] and keys[4].startswith("prompts-7-")
+
+
+def test_a_json_file_holds_an_array_or_a_row_a_line(tmp_path):
+    array, lines = tmp_path / "array.json", tmp_path / "lines.json"
+    array.write_text("\n " + json.dumps([VERL, {"prompt": "1", "answer": 1}], indent=2), encoding="utf-8")
+    assert load_prompts(array) == load_prompts(write(lines, VERL, {"prompt": "1", "answer": 1}))
+    for text, reason in (('[{"prompt": "1",\n"answer": ]', r"no JSON \(.*at line 2, column 11"), ("[7]", "row 0: a row must be an object, got 7"),
+                         ("[]", "holds no prompt")):
+        array.write_text(text)
+        with pytest.raises(ValueError, match=f"array.json.*{reason}"):
+            load_prompts(array)
+    lines.write_text('{"prompt": "1", "answer": "1"}\n{"prompt')
+    with pytest.raises(ValueError, match=r"lines.json, line 2: no JSON \(.* at column 2\)"):
+        load_prompts(lines)
+
+
 def test_an_expert_s_chat_ends_in_its_demonstration(tmp_path):
     talk = [{"role": "user", "content": "1/2+1/4?"}, {"role": "assistant", "content": "\\boxed{3/4}"}]
     pandas.DataFrame([{"messages": talk, "answer": "3/4"}]).to_parquet(tmp_path / "a.parquet")
@@ -137,6 +167,11 @@ def test_an_expert_s_chat_ends_in_its_demonstration(tmp_path):
     ({"prompt": "", "answer": "1"}, "not empty, got ''"), ({"prompt": [], "answer": "1"}, r"not empty, got \[\]"),
     ({"prompt": [{"role": "user"}], "answer": "1"}, "chat messages need role and content, both text, got"),
     ({"prompt": "1"}, "line 2: answer or reward_model.ground_truth must be text or a number, got None"),
+    *[(f'{{"prompt": "1", "answer": {x}}}', f"must be text or a number, got {y}")
+      for x, y in (("NaN", "None"), ("Infinity", "inf"), ("-Infinity", "-inf"), ("null", "None"))],
+    ('{"prompt": "1", "reward_model": {"ground_truth": NaN}}', "must be text or a number, got nan"),
+    ({"prompt": "1", "answer": ""}, "line 2: answer or reward_model.ground_truth must not be empty, got ''"),
+    ({"prompt": "1", "reward_model": {"ground_truth": " "}}, "must not be empty, got ' '"),
     ({"prompt": "1", "answer": True}, "got True"), ({"prompt": "1", "reward_model": {}}, "got None"),
     ({"prompt": "1", "reward_model": "rule"}, "reward_model must be an object, got 'rule'"),
     ({"prompt": "1", "answer": "1", "extra_info": "x"}, "extra_info must be an object, got 'x'")])
@@ -145,13 +180,45 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, row, reason):
         load_prompts(write(tmp_path / "a.jsonl", {"prompt": "1", "answer": "1"}, row))
 
 
+@pytest.mark.parametrize("columns", [
+    {"answer": ["1", None]}, {"answer": [1.0, float("nan")]}, {"answer": pandas.array([1, None], dtype="Int64")},
+    {"reward_model": [{"ground_truth": "1"}, {"ground_truth": None}]}, {"reward_model": [{"ground_truth": "1"}, None]},
+    {"reward_model": [{"ground_truth": 1.0}, {"ground_truth": float("nan")}]}])
+def test_a_table_s_missing_answer_is_named(tmp_path, columns):
+    pandas.DataFrame({"prompt": ["a", "b"], **columns}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, row 1: answer or reward_model.ground_truth must be text or a number, got (None|nan)"):
+        load_prompts(tmp_path / "a.parquet")
+
+
+def test_what_a_table_lacks_stays_empty_and_whole_numbers_stay_whole(tmp_path):
+    talk = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    pandas.DataFrame({"prompt": ["a", "b", None], "answer": pandas.array([1, None, None], dtype="Int64"), "demo": [None, "y", None],
+                      "reward_model": [None, {"ground_truth": "7"}, None], "data_source": [None, "x", float("nan")],
+                      "extra_info": [{"a": 1}, None, None], "messages": [None, None, talk]}).to_parquet(tmp_path / "a.parquet")
+    found = load_prompts(tmp_path / "a.parquet")
+    assert found == [Problem("a", "1"), Problem("b", "7", "y", data_source="x"), Problem(talk[:1], "", "d")]
+    assert [p.extra for p in found] == [{"a": 1}, {}, {}]
+    text = '{"prompt": "1", "answer": 1, "demo": NaN, "data_source": NaN, "extra_info": NaN}'
+    assert load_prompts(write(tmp_path / "a.jsonl", text)) == [Problem("1", "1")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_byte_order_mark_is_skipped_and_other_encodings_are_named(tmp_path, name):
+    path, good = tmp_path / name, b'{"prompt": "\xc3\xa9", "answer": "1"}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + good)
+    assert load_prompts(path) == [Problem("é", "1")]
+    path.write_bytes(good + b'{"prompt": "\xe9", "answer": "1"}')
+    with pytest.raises(ValueError, match=f"{name}, line 2: no UTF-8 text at character 13$"):
+        load_prompts(path)
+
+
 def test_bad_files_are_refused(tmp_path):
     pandas.DataFrame([{"prompt": "1", "answer": "1"}, {"prompt": None, "answer": "1"}]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet, row 1: prompt must be"):
         load_prompts(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.jsonl holds no prompt"):
         load_prompts(write(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match=r"must be a .jsonl or .parquet file, got x.csv"):
+    with pytest.raises(ValueError, match=r"must be a .jsonl, .json or .parquet file, got x.csv"):
         load_prompts("x.csv")
     with pytest.raises(FileNotFoundError):
         load_prompts(tmp_path / "none.jsonl")

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from jaxtyping import config
 
 from collai.core.tinylm import TinyLM
 from collai.rl import train
@@ -114,6 +115,12 @@ def test_proxies_refuse_what_means_nothing():
         gradient_proxies(x, bad, x, 1.0)
 
 
+def test_the_signal_of_a_token_mean_is_that_of_the_sums_over_the_squared_length():
+    by_token, by_sum = (trainer(n=4, prompts_per_step=4, agg=agg).run(1).rows[0] for agg in ("token-mean", "seq-mean-token-sum"))
+    assert by_token["power"] == by_sum["power"] > 0 and by_token["tokens"] == by_sum["tokens"]
+    assert by_sum["signal"] == pytest.approx((by_token["tokens"] / 16) ** 2 * by_token["signal"], rel=1e-4)
+
+
 # ---- history and settings ----
 
 def test_a_history_survives_its_files(tmp_path):
@@ -139,10 +146,30 @@ def test_a_history_survives_its_files(tmp_path):
     ({"n": 0}, "n must be an integer >= 1, got 0"), ({"epochs": 1.5}, "epochs must be an integer >= 1, got 1.5"),
     ({"eval_every": True}, "eval_every must be an integer >= 1, got True"), ({"seed": -1}, "seed must be an integer >= 0"),
     ({"lr": 0.0}, "lr must be positive, got 0.0"), ({"grad_clip": math.inf}, "grad_clip must be positive, got inf"),
-    ({"prompts_per_step": 0}, "prompts_per_step must"), ({"eval_prompts": 0}, "eval_prompts must")])
+    ({"prompts_per_step": 0}, "prompts_per_step must"), ({"eval_prompts": 0}, "eval_prompts must"),
+    ({"options": {"foo": 1}}, "unknown otb option 'foo', use one of 'weighting', 'align'"),
+    ({"estimator": "rloo", "options": {"foo": 1}}, "unknown rloo option 'foo': rloo has none"),
+    ({"options": {"energy": 1}}, "unknown otb option 'energy'"), ({"options": {"weighting": "best"}}, "unknown weighting 'best'"),
+    ({"options": None}, "options of otb must be a mapping of keywords, got None")])
 def test_settings_are_refused_with_their_value(settings, text):
     with pytest.raises(ValueError, match=text):
         TrainConfig(**settings)
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    given = {"leave_one_out": True}
+    config.update("jaxtyping_disable", True)  # annotations say int and float
+    try:
+        cfg = TrainConfig(n=np.int64(3), seed=np.uint8(2), lr=np.float32(0.25), prompts_per_step=np.int32(2), options=given)
+    finally:
+        config.update("jaxtyping_disable", False)
+    assert cfg == TrainConfig(n=3, seed=2, lr=0.25, prompts_per_step=2, options={"leave_one_out": True})
+    assert [type(x) for x in (cfg.n, cfg.seed, cfg.lr)] == [int, int, float] and cfg.options is not given
+    model, tok, task = half_right()
+    assert train._plain({"a": (np.float64(0.5), np.arange(2))}) == {"a": [0.5, [0, 1]]}
+    Trainer(model, tok, task, cfg).run(1, checkpoint=tmp_path)
+    again, _, _ = half_right()
+    assert len(Trainer(again, tok, task, cfg).run(1, checkpoint=tmp_path)) == 1
 
 
 # ---- a step ----
@@ -163,9 +190,7 @@ def test_the_first_step_is_the_gradient_of_the_estimator():
     run, (expected, _, _) = trainer(n=3, lr=1e-3, grad_clip=1e9), half_right()
     batch = run.sample(1)
     adv = get_advantage("otb")(batch.rewards, batch.mask, batch.uid, batch.energy).advantages
-    ids = torch.cat((batch.prompt_ids, batch.ids), 1)
-    attention = torch.cat((batch.prompt_mask, (batch.turn >= 0).long()), 1)
-    logp = model_token_stats(expected, ids, attention, batch.ids.shape[1], mask=batch.mask).logp
+    logp = model_token_stats(expected, *batch.inputs(), batch.ids.shape[1], mask=batch.mask).logp
     loss = -(logp * adv * batch.mask).sum() / batch.mask.sum()
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-3, weight_decay=0.0)
     loss.backward()
@@ -183,8 +208,7 @@ def test_sampling_and_update_agree_on_the_log_probabilities(task):
     sft(model, tok, task, steps=15, batch=16)
     run = trainer(task, model, n=4, prompts_per_step=4)
     batch = run.sample(1)
-    attention = torch.cat((batch.prompt_mask, (batch.turn >= 0).long()), 1)
-    stats = model_token_stats(model, torch.cat((batch.prompt_ids, batch.ids), 1), attention, batch.ids.shape[1], mask=batch.mask)
+    stats = model_token_stats(model, *batch.inputs(), batch.ids.shape[1], mask=batch.mask)
     for mine, theirs in ((stats.logp, batch.old_logp), (stats.entropy, batch.entropy), (stats.energy, batch.energy)):
         assert torch.allclose(mine, theirs, atol=2e-5)
     row = run.run(1).rows[0]
@@ -384,6 +408,22 @@ def test_tensors_among_the_options_are_stored_and_compared(tmp_path):
         trainer(estimator="unit_test_table", options={"table": torch.tensor([0.0, 1, 0])}).run(1, checkpoint=tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04 half", None], ids=["empty", "text", "half", "other"])
+def test_a_broken_state_is_named_by_its_path(tmp_path, content):
+    for name in ("trainer.pt", "sft.pt"):
+        if content is None:
+            torch.save({"settings": {}}, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+    (model, tok), task = small(ChainSum(2, 3)), ChainSum(2, 3)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"trainer\.pt holds no state of a run \(\w+: "):
+        trainer(model=model).run(1, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"sft\.pt holds no state of a run \(\w+: "):
+        sft(model, tok, task, steps=1, checkpoint=tmp_path)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
         trainer().run(-1)
@@ -474,7 +514,7 @@ def test_the_shipped_policies_are_half_right(task):
 
 
 def test_a_task_without_a_shipped_policy_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"no checkpoint is shipped for 'chainsum-9-7' \(there are: calctool.*chainsum-4-10\)"):
+    with pytest.raises(ValueError, match=r"no checkpoint is shipped for 'chainsum-9-7' \(there are: calctool.*chainsum-4-10.*\)"):
         warm_start(ChainSum(9, 7))
 
 

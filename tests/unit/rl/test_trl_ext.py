@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collai.rl.adv import otb_advantage
+from collai.rl.adv import bounded_energy, otb_advantage
 
 pytest.importorskip("trl", reason='TRL is not installed: pip install "collai[trl]"')
 
@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from collai.rl.trl_ext import OTBGRPOTrainer, _head_energy
+from collai.rl.trl_ext import OTBGRPOTrainer
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")]
 LENGTH, DIGITS = 7, "0123456789"
@@ -65,7 +65,7 @@ def trainer(tmp_path, cls=OTBGRPOTrainer, rewards=even, otb=None, run=True, mode
 
 
 def by_hand(r, n):
-    """Formula (rl.7.3) with the zero tail, one group at a time, float64."""
+    """Formula (rl.7.2) with the zero tail, one group at a time, float64."""
     out = torch.zeros_like(r["rewards"]).double()
     for start in range(0, len(out), n):
         g = [i for i in range(start, start + n) if r["mask"][i].any()]
@@ -113,7 +113,7 @@ def test_energy_of_a_head_stays_in_its_bounds_and_is_near_the_truth(logits):
     pi = z.softmax(0)
     true = ((1 - pi[0]) ** 2 if pi[0] < 0.5 else pi[1:].sum() ** 2) + (pi[1:] ** 2).sum()
     logp = z.log_softmax(0)[0].float()
-    e = _head_energy(logp, (pi ** 2).sum().float())
+    e = bounded_energy(logp, (pi ** 2).sum().float())
     rest = torch.expm1(logp) ** 2
     assert rest <= e <= 2 * rest and abs(e - true) < 5e-7
 
@@ -176,10 +176,19 @@ def test_options_reach_the_estimator(tmp_path):
 @pytest.mark.parametrize(("otb", "message"), [
     ({"leave_two_out": True}, "unknown otb option 'leave_two_out', use one of 'weighting', 'align', 'leave_one_out', 'finished', 'prior'"),
     ({"is_weights": None}, "unknown otb option 'is_weights'"), ({"weighting": "square"}, "unknown weighting 'square'"),
-    ({"eps": -1.0}, "eps"), ({"prior": torch.zeros(2, 2), "prior_strength": 1.0}, "prior")])
+    ({"eps": -1.0}, "eps"), ({"prior": torch.zeros(2, 2), "prior_strength": 1.0}, r"prior must have shape \(2,\), got \(2, 2\)"),
+    ({"prior": [0.5], "prior_strength": 1.0}, r"prior must be None, 'batch' or a tensor of shape \(T,\), got \[0.5\]"),
+    ([], r"options of otb must be a mapping of keywords, got \[\]")])
 def test_bad_options_are_refused_before_anything_runs(otb, message):
     with pytest.raises(ValueError, match=message):
         OTBGRPOTrainer(model=None, reward_funcs=None, otb=otb)
+
+
+def test_a_prior_shorter_than_the_longest_response_is_refused_before_anything_is_generated(tmp_path):
+    short = {"prior": torch.zeros(LENGTH - 1), "prior_strength": 1.0}
+    with pytest.raises(ValueError, match=f"prior has {LENGTH - 1} columns, max_completion_length is {LENGTH}: it must cover"):
+        trainer(tmp_path, run=False, otb=short)
+    assert trainer(tmp_path, run=False, otb=short | {"prior": torch.zeros(LENGTH)}).last_rollout is None
 
 
 def test_rewards_normalised_before_the_sum_are_refused(tmp_path):

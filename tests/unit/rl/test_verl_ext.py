@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from collai.core.claims import load_results
 from collai.rl import verl_ext
-from collai.rl.adv import otb_advantage
+from collai.rl.adv import bounded_energy, otb_advantage
 from collai.rl.stats import token_stats
-from collai.rl.verl_ext import _ESTIMATORS, _energy, _random_batch, install, measure
+from collai.rl.verl_ext import _ESTIMATORS, _REACH, _random_batch, install, measure
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ.get("COLLAI_VERL_PYTHON") or (sys.executable if importlib.util.find_spec("verl") else None)
@@ -40,7 +40,7 @@ def test_estimators_are_otb_with_the_energies_of_the_policy(seed, name, zero_tai
     copies = {k: x.clone() for k, x in batch.items() if isinstance(x, torch.Tensor)}
     config = {"otb": {"leave_one_out": True}} if leave_one_out else None
     advantages, returns = _ESTIMATORS[name](**keywords(batch, handle_zero_tail=zero_tail, config=config, gamma=1.0, norm_adv_by_std=False))
-    energy = _energy(keywords(batch)["old_log_probs"], keywords(batch)["sum_pi_squared"])
+    energy = bounded_energy(keywords(batch)["old_log_probs"], keywords(batch)["sum_pi_squared"], _REACH)
     assert (energy - token_stats(batch["logits"], batch["ids"]).energy).abs().max() < 1e-6
     ours = otb_advantage(batch["token_level_rewards"], batch["response_mask"], batch["uid"], energy, align=align, zero_tail=zero_tail,
                          is_weights=batch.get("rollout_is_weights"), leave_one_out=leave_one_out)
@@ -52,19 +52,19 @@ def test_estimators_are_otb_with_the_energies_of_the_policy(seed, name, zero_tai
 def test_energies_equal_the_published_formula_wherever_it_can_be_true(p, q):
     p, q = torch.tensor([[p]]), torch.tensor([[q]])
     logp = p.clamp(min=1e-30).log()
-    plain, e = 1 - 2 * logp.exp() + q, _energy(logp, q)
+    plain, e = 1 - 2 * logp.exp() + q, bounded_energy(logp, q, _REACH)
     assert e >= 0 and (abs(e - plain) < 2e-5 or plain < 0)
 
 
 def test_a_certain_token_keeps_its_small_energy():
     logp = torch.tensor([[-1e-5, -1e-3, 0.0]])
-    e = _energy(logp, (2 * logp).exp())
-    assert torch.allclose(e, torch.expm1(logp) ** 2, rtol=1e-3) and _energy(logp, (2 * logp).exp() - 0.1).min() >= 0
+    e = bounded_energy(logp, (2 * logp).exp(), _REACH)
+    assert torch.allclose(e, torch.expm1(logp) ** 2, rtol=1e-3) and bounded_energy(logp, (2 * logp).exp() - 0.1, _REACH).min() >= 0
 
 
 def test_options_of_the_configuration_win_and_reach_the_estimator():
     batch = _random_batch(np.random.default_rng(3), holes=True, scale=(0.1, 2.0))
-    energy = _energy(keywords(batch)["old_log_probs"], keywords(batch)["sum_pi_squared"])
+    energy = bounded_energy(keywords(batch)["old_log_probs"], keywords(batch)["sum_pi_squared"], _REACH)
     columns = batch["response_mask"].shape[1]
     prior = np.linspace(0, 1, columns + 5).tolist()
     config = {"otb": {"align": "position", "zero_tail": False, "eps": 1e-3, "prior": prior, "prior_strength": 2.0, "weighting": "token"}}
