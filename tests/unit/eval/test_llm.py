@@ -393,7 +393,7 @@ def test_no_step_is_computed_beyond_the_last_token():
     chat, calls = tiny(), []
     chat.model.register_forward_hook(lambda *_: calls.append(1))
     reply = chat.generate([ask("ab", max_tokens=7)])[0]
-    assert len(calls) == reply.usage.completion_tokens == 7
+    assert len(calls) == reply.usage.completion_tokens <= 7
 
 
 def test_weights_of_equal_bytes_and_other_shape_have_another_digest():
