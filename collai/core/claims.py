@@ -259,6 +259,18 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+class _Unmeasured(dict[str, Any]):
+    """Rows of a file that is not there: none, and who asks for one is told how to make it."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise FileNotFoundError(f"no results file {self.path}, so no row {name!r}: measure it with "
+                                f"python -m collai.CHAIN.MODULE --out {self.path}")
+
+
 def load_results(path: str | Path) -> dict[str, Any]:
     """Read a results file.
 
@@ -271,10 +283,10 @@ def load_results(path: str | Path) -> dict[str, Any]:
     -------
     dict
         ``rows``: row by name, each with its run's ``device``, ``driver``, ``date``, ``versions``, ``commit``, ``command``.
-        Without a file: no rows.
+        Without a file: no rows; asking for one by its name is a FileNotFoundError that says how to make the file.
     """
     if not Path(path).is_file():
-        return {"rows": {}}
+        return {"rows": _Unmeasured(path)}
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
     return {"rows": {name: stored["runs"][row["run"]] | row for name, row in stored["rows"].items()}}
 

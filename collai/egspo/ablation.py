@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Shaped
 
-from ..core.claims import save_results
+from ..core.claims import load_results, save_results
 from .recipe import MIXED, CopyList, CopySum, Course, GatedConfig, GatedTrainer
 from ..eval.stats import bootstrap_mean
 from ..rl.adv import check_option, check_tokens
@@ -96,10 +97,11 @@ class ControlConfig(GatedConfig):
 def _controlled(self: "ControlTrainer", rollouts: Rollouts) -> tuple[Float[torch.Tensor, "B T"], float | None]:
     """Gate of a step; a random one is drawn from the seed and the step alone. Arguments and results as in `GatedTrainer`."""
     gate, tau = GatedTrainer.gate(self, rollouts)
-    if self.cfg.control is None:
+    kind = getattr(self.cfg, "control", None)
+    if kind is None:
         return gate, tau
     drawn = np.random.SeedSequence((self.cfg.seed, len(self.history) + 1, 2)).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return control_gate(gate, rollouts.mask, self.cfg.control, generator=torch.Generator().manual_seed(int(drawn))), tau
+    return control_gate(gate, rollouts.mask, kind, generator=torch.Generator().manual_seed(int(drawn))), tau
 
 
 class ControlTrainer(GatedTrainer):
@@ -108,7 +110,7 @@ class ControlTrainer(GatedTrainer):
     Attributes
     ----------
     cfg : ControlConfig
-        Settings.
+        Settings; a plain `GatedConfig` has no control.
     """
 
     cfg: ControlConfig
@@ -157,6 +159,7 @@ def arms_for(rate: float | int, names: Iterable[str] = tuple(ARMS)) -> dict[str,
     ValueError
         If there is no such arm.
     """
+    names = list(names)
     every: dict[str, Any] = {**ARMS, **SCOPES, **GRID}
     if unknown := [name for name in names if name not in every]:
         raise ValueError(f"unknown arm {unknown[0]!r}, use one of {', '.join(map(repr, every))}")
@@ -180,7 +183,7 @@ def _course(history: History, name: str, grid: np.ndarray) -> list[float]:
     return (np.diff(np.interp(grid, tokens, total), prepend=0.0) / np.diff(grid, prepend=0.0)).tolist()
 
 # %% ../../nbs/egspo/03_ablation.ipynb #6d80bcd6
-def record(histories: Sequence[History], tokens: float | int) -> dict[str, Any]:
+def record(histories: Sequence[History], tokens: float | int, seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """What a table needs to know of the runs of an arm, at equal tokens.
 
     Parameters
@@ -189,16 +192,26 @@ def record(histories: Sequence[History], tokens: float | int) -> dict[str, Any]:
         Runs of `GatedTrainer`, one a seed, each with at least one evaluation.
     tokens : float
         Budget; what lies behind it doesn't count.
+    seeds : sequence of int, optional
+        Seed of each run.
 
     Returns
     -------
     dict
         ``grid`` (6,): tokens. A row a seed, each (seeds, 6): ``accuracy`` there; ``entropy`` and ``kl`` (nats a token), means
         over the sixth of the budget that ends there. A number a seed: ``held`` (accuracy at the budget, None without a
-        held-back skill), ``energy_share``, ``gate_share``, ``grad_norm`` (means), ``expert_tokens`` (sum).
+        held-back skill), ``energy_share``, ``gate_share``, ``grad_norm`` (means), ``expert_tokens`` (sum). ``seeds``, or None.
+
+    Raises
+    ------
+    ValueError
+        If there is no run, or one has no evaluation.
     """
+    if not histories:
+        raise ValueError("at least one run is needed, got none")
     grid = np.linspace(tokens / _PARTS, tokens, _PARTS)
-    found: dict[str, Any] = {"grid": grid.tolist(), "accuracy": [accuracy_at(h, grid).tolist() for h in histories],
+    found: dict[str, Any] = {"seeds": None if seeds is None else list(seeds), "grid": grid.tolist(),
+                             "accuracy": [accuracy_at(h, grid).tolist() for h in histories],
                              **{name: [_course(h, name, grid) for h in histories] for name in ("entropy", "kl")}}
     held = [_known(h, "held_accuracy") for h in histories]
     found["held"] = [float(np.interp(tokens, *x)) for x in held] if all(len(x) for x, _ in held) else None
@@ -211,6 +224,14 @@ def _mean_of(values: np.ndarray, other: np.ndarray | float = 0.0) -> tuple[float
     """Mean, or mean paired difference, and its 95 % interval over seeds; one seed has no interval."""
     values = values - other
     return bootstrap_mean(values) if len(values) > 1 else (float(values[0]), math.nan, math.nan)
+
+
+def _check_records(records: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Refuse records that can't be compared seed by seed; seeds that are not known count as the same."""
+    given = {name: (len(r["accuracy"]), r["grid"][-1], r.get("seeds")) for name, r in records.items()}
+    known = {tuple(seeds) for *_, seeds in given.values() if seeds is not None}
+    if len({(runs, tokens) for runs, tokens, _ in given.values()}) != 1 or len(known) > 1:
+        raise ValueError(f"records need the same seeds and the same budget, got (runs, tokens, seeds) = {given}")
 
 # %% ../../nbs/egspo/03_ablation.ipynb #d8b067fe
 def table_of(records: Mapping[str, Mapping[str, Any]], references: Sequence[str] = ("GRPO", "random gate")) -> "DataFrame":
@@ -233,12 +254,10 @@ def table_of(records: Mapping[str, Mapping[str, Any]], references: Sequence[str]
     Raises
     ------
     ValueError
-        If there is no arm, or arms differ in their number of runs or in their budget.
+        If there is no arm, or arms differ in their seeds, in their number of runs or in their budget.
     """
     import pandas as pd
-    if not records or len({(len(r["accuracy"]), r["grid"][-1]) for r in records.values()}) > 1:
-        given = {name: (len(r["accuracy"]), r["grid"][-1]) for name, r in records.items()}
-        raise ValueError(f"arms need the same seeds and the same budget, got (runs, tokens) = {given}")
+    _check_records(records)
     last = {name: np.array(r["accuracy"])[:, -1] for name, r in records.items()}
     rows = {}
     for name, r in records.items():
@@ -282,12 +301,15 @@ def ablate(arms: Mapping[str, GatedConfig | Mapping[str, Any]], task: Any, *, se
         If time was up (``seconds``) before all runs ended.
     """
     settings = {name: arm if isinstance(arm, GatedConfig) else ControlConfig(**arm) for name, arm in arms.items()}
+    seeds = list(seeds)
+    if not settings or not seeds:
+        raise ValueError(f"at least one arm and one seed are needed, got arms {list(settings)} and seeds {seeds}")
     found = run_arms(settings, task, seeds=seeds, steps=steps, make=ControlTrainer, **options)
     whole = {name: [h for h in hs if h is not None] for name, hs in found.items()}
     if missing := sum(len(found[name]) - len(hs) for name, hs in whole.items()):
         raise TimeoutError(f"{missing} of {sum(map(len, found.values()))} runs are not finished; call again with the same folder")
     ends = [float(evaluations(h)[0].max(initial=0.0)) for hs in whole.values() for h in hs]
-    return table_of({name: record(hs, min(ends)) for name, hs in whole.items()}, references)
+    return table_of({name: record(hs, min(ends), seeds) for name, hs in whole.items()}, references)
 
 # %% ../../nbs/egspo/03_ablation.ipynb #7a6878c0
 def at_best_rate(records: Mapping[float, Mapping[str, Any]]) -> tuple[dict[str, Any], list[float]]:
@@ -308,18 +330,19 @@ def at_best_rate(records: Mapping[float, Mapping[str, Any]]) -> tuple[dict[str, 
     Raises
     ------
     ValueError
-        If there is no rate.
+        If there is no rate, or rates differ in their seeds or in their budget.
 
     Notes
     -----
     `collai.rl.runs.cross_fit` on the accuracy at the budget.
     """
+    _check_records(records)
     rates = list(records)
     at = cross_fit(np.array([[run[-1] for run in r["accuracy"]] for r in records.values()]))
     first = records[rates[0]]
     joined = {name: [records[rates[k]][name][i] for i, k in enumerate(at)] for name, x in first.items()
               if name != "grid" and isinstance(x, list) and len(x) == len(at)}
-    return {"held": None, **joined, "grid": first["grid"]}, [rates[k] for k in at]
+    return {"held": None, "seeds": None, **joined, "grid": first["grid"]}, [rates[k] for k in at]
 
 # %% ../../nbs/egspo/03_ablation.ipynb #258f8fe8
 TASKS = dict[str, tuple[Any, Any, int]](  # what is rewarded, what the shipped start policy imitated, tokens of a run
@@ -336,24 +359,48 @@ def plan(task: str, names: Iterable[str] | None = None) -> list[tuple[str, float
     task : str
         Key of `TASKS`. Levels, attenuations and scopes are studied on sums, at the middle rate.
     names : iterable of str, optional
-        Arms to keep; None: all.
+        Arms to keep, each of them part of the study on the task; None: all.
 
     Returns
     -------
     list of (str, float)
         Imitation alone has twenty times the rates.
+
+    Raises
+    ------
+    ValueError
+        If there is no such task, or an arm is no part of its study.
     """
+    check_option("task", task, *TASKS)
     pairs = [(name, rate * (_SFT_FACTOR if name == "SFT only" else 1)) for name in ARMS for rate in RATES]
     if task == "chainsum":
         pairs += [(name, RATES[1]) for name in (*SCOPES, *GRID)]
-    return [pair for pair in pairs if names is None or pair[0] in set(names)]
+    known = dict.fromkeys(name for name, _ in pairs)
+    names = list(known if names is None else names)
+    for name in names:
+        check_option(f"arm of {task}", name, *known)
+    return [pair for pair in pairs if pair[0] in names]
 
 # %% ../../nbs/egspo/03_ablation.ipynb #e5cfefb9
 def _rounded(x: Any) -> Any:
     """Numbers with four digits behind the point, in lists of any depth."""
     return [_rounded(v) for v in x] if isinstance(x, list) else round(x, 4) if isinstance(x, float) else x
 
+# %% ../../nbs/egspo/03_ablation.ipynb #9a64c1f8
+def _first(model: torch.nn.Module, tok: Any, what: Any) -> dict[str, float | None]:
+    """Greedy accuracies of the start policy: on the rewarded task and, if there is one, on the held-back skill."""
+    held = getattr(what, "held", None)
+    return {"start": greedy_accuracy(model, tok, what, prompts=256),
+            "held_start": None if held is None else greedy_accuracy(model, tok, held, prompts=256)}
 
+
+def _row(name: str, first: dict[str, float | None], runs: Sequence[History | None], budget: int,
+         seeds: Sequence[int]) -> dict[str, Any]:
+    """Row of an arm and rate whose runs are all finished."""
+    made = {key: _rounded(x) for key, x in (first | record([h for h in runs if h is not None], budget, seeds)).items()}
+    return {"name": name, "unit": "accuracy", **made, "measured": float(np.mean([run[-1] for run in made["accuracy"]]))}
+
+# %% ../../nbs/egspo/03_ablation.ipynb #9b7d25e1
 def study(task: str, *, seeds: Iterable[int], names: Iterable[str] | None = None,
           **options: Any) -> tuple[list[dict[str, Any]], int]:
     """Run arms of the study with equal tokens.
@@ -372,21 +419,25 @@ def study(task: str, *, seeds: Iterable[int], names: Iterable[str] | None = None
     Returns
     -------
     rows : list of dict
-        For `collai.core.claims.save_results`: `record` of every arm and rate whose runs are all finished.
+        For `collai.core.claims.save_results`: `record` of every arm and rate whose runs are all finished, with ``start`` and
+        ``held_start``, the greedy accuracies of the start policy.
     left : int
         Runs that are not.
+
+    Raises
+    ------
+    ValueError
+        If there is no seed, or as in `plan`.
     """
+    planned, seeds = plan(task, names), list(seeds)
+    if not seeds:
+        raise ValueError("at least one seed is needed, got none")
     what, imitated, budget = TASKS[task]
-    model, _ = warm_start(imitated)
-    pairs = {f"{name} | {rate:g}": arms_for(rate, [name])[name] for name, rate in plan(task, names)}
+    (model, _), tok = warm_start(imitated), what.tokenizer()
+    pairs = {f"{name} | {rate:g}": arms_for(rate, [name])[name] for name, rate in planned}
     found = run_arms(pairs, what, seeds=seeds, steps=sys.maxsize, tokens=budget, start=model, make=ControlTrainer, **options)
-    first = greedy_accuracy(model, what.tokenizer(), what, prompts=256)
-    rows = []
-    for label, runs in found.items():
-        if None not in runs:
-            made = _rounded(record([h for h in runs if h is not None], budget))
-            rows.append({"name": f"{what.key} | {label}", "unit": "accuracy", "start": round(first, 4), **made,
-                         "measured": float(np.mean([run[-1] for run in made["accuracy"]]))})
+    first = _first(model, tok, what)
+    rows = [_row(f"{what.key} | {label}", first, runs, budget, seeds) for label, runs in found.items() if None not in runs]
     return rows, sum(h is None for runs in found.values() for h in runs)
 
 # %% ../../nbs/egspo/03_ablation.ipynb #fb9c9649
@@ -406,12 +457,18 @@ def estimate(tasks: Iterable[str], seeds: int, names: Iterable[str] | None = Non
     -------
     float
         Minutes of one core.
+
+    Raises
+    ------
+    ValueError
+        As in `plan`.
     """
-    total = 0.0
+    total, names = 0.0, None if names is None else list(names)
     for task in tasks:
+        planned = plan(task, names)
         what, imitated, budget = TASKS[task]
         (model, tok), seconds = warm_start(imitated), dict[tuple[bool, float], float]()
-        for name, rate in plan(task, names):
+        for name, rate in planned:
             arm = arms_for(rate, [name])[name]
             kind = arm.phi == "chord-state", float(arm.expert_share) if arm.mu else 0.0
             if kind not in seconds:
@@ -423,18 +480,51 @@ def estimate(tasks: Iterable[str], seeds: int, names: Iterable[str] | None = Non
     return total
 
 # %% ../../nbs/egspo/03_ablation.ipynb #20f1272a
+def _count(text: str) -> int:
+    """Take a number from the command line, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    """Take a time from the command line; NaN never ends."""
+    if math.isnan(minutes := float(text)):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}")
+    return minutes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Entropy gates, their controls and imitation, at equal sampled tokens.")
     parser.add_argument("--out", required=True, metavar="FILE", help="results file; its other rows stay")
     parser.add_argument("--folder", required=True, metavar="DIR", help="finished runs; the same command goes on from them")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which runs are put aside")
-    parser.add_argument("--seeds", type=int, default=8, help="runs of an arm and rate")
+    parser.add_argument("--jobs", type=_count, default=1, help="processes")
+    parser.add_argument("--minutes", type=_minutes, default=math.inf, help="time after which runs are put aside")
+    parser.add_argument("--seeds", type=_count, default=8, help="runs of an arm and rate")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
-    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *SCOPES, *GRID), metavar="ARM", help="all when not given")
+    both, one = (", ".join(map(repr, arms)) for arms in (ARMS, SCOPES | GRID))
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *SCOPES, *GRID), metavar="ARM",
+                        help=f"all when not given: {both}; on chainsum {one}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--commit", help="commit of the code, where there is no git history")
     return parser
+
+# %% ../../nbs/egspo/03_ablation.ipynb #e17b5d36
+def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse before the first run what would fail, or do nothing, after it."""
+    try:
+        for task in args.tasks:
+            plan(task, args.arms)
+    except ValueError as error:
+        parser.error(f"argument --arms: {error}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: no GPU is to be seen here")
+    try:
+        if Path(args.out).is_dir():
+            raise ValueError("it is a folder")
+        load_results(args.out)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        parser.error(f"argument --out: {args.out} is no results file ({error})")
 
 # %% ../../nbs/egspo/03_ablation.ipynb #384bd417
 def main(argv: Sequence[str] | None = None) -> None:
@@ -448,9 +538,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises
     ------
     SystemExit
-        On unknown arguments, or with a message when time was up before all runs ended.
+        On arguments that are unknown or can't work, or with a message when time was up before all runs ended.
     """
-    args, left = _parser().parse_args(argv), 0
+    parser, left = _parser(), 0
+    args = parser.parse_args(argv)
+    _check_arguments(parser, args)
     minutes = estimate(args.tasks, args.seeds, args.arms)
     print(f"about {minutes:.0f} core-minutes, {minutes / args.jobs:.0f} minutes with {args.jobs} jobs", flush=True)
     end, given = time.monotonic() + 60 * args.minutes, shlex.join(sys.argv[1:] if argv is None else argv)

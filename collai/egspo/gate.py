@@ -7,6 +7,7 @@ __all__ = ['RunningQuantile', 'entropy_gate', 'attenuation']
 
 # %% ../../nbs/egspo/00_gate.ipynb #7cf7677c
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,8 +22,15 @@ _Table: TypeAlias = Shaped[torch.Tensor, "B T"]  # one value a token
 _Join: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # flat tensors of all ranks, one after the other
 
 
+def _check_number(name: str, value: Any) -> None:
+    """Refuse what is no number of Python or numpy."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _check_level(quantile: float | int) -> None:
     """Refuse a quantile that is none."""
+    _check_number("quantile", quantile)
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in [0, 1], got {quantile}")
 
@@ -93,7 +101,7 @@ def _take(entropy: torch.Tensor, valid: torch.Tensor) -> _Taken:
     if not math.isfinite(total):
         check_tokens(valid, entropy=entropy)
     if low < -1e-6:
-        raise ValueError(f"entropy must be non-negative (got min {low:g})")
+        raise ValueError(f"entropy must be non-negative (got min {low:g}); clamp it if that is rounding")
     return _Taken(torch.where(valid, kept.clamp(min=0) if low < 0 else kept, -1), valid, int(count), total)
 
 # %% ../../nbs/egspo/00_gate.ipynb #03dcd534
@@ -159,8 +167,12 @@ def _load_state_dict(self: "RunningQuantile", state: dict[str, float | None]) ->
     Raises
     ------
     ValueError
-        If the checkpoint has another quantile or decay.
+        If the checkpoint is incomplete, has another quantile or decay, or a value that is no entropy.
     """
+    if missing := {"quantile", "decay", "value"} - set(state):
+        raise ValueError(f"the state has no {min(missing)!r}")
+    if (value := state["value"]) is not None and not 0 <= value < math.inf:
+        raise ValueError(f"the state's value must be an entropy or None, got {value}")
     for name in ("quantile", "decay"):
         if state[name] != getattr(self, name):
             raise ValueError(f"the state has {name} {state[name]}, this average {getattr(self, name)}")
@@ -190,6 +202,7 @@ class RunningQuantile:
 
     def __init__(self, quantile: float | int, decay: float | int = 0.9) -> None:
         _check_level(quantile)
+        _check_number("decay", decay)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.quantile, self.decay = float(quantile), float(decay)
@@ -226,6 +239,10 @@ def _check_gate(quantile: float | int, scope: str, soft: float | int | None = No
     """Check the options of a gate."""
     _check_level(quantile)
     check_option("scope", scope, *_SCOPES)
+    if state is not None and not isinstance(state, RunningQuantile):
+        raise TypeError(f"state must be a RunningQuantile, got {type(state).__name__}")
+    if soft is not None:
+        _check_number("soft", soft)
     if soft is not None and not soft > 0:
         raise ValueError(f"soft must be positive, got {soft}")
     if (scope == "running") != (state is not None):
@@ -277,10 +294,16 @@ def _check_phi(phi: float | int | str, moments: Any) -> None:
     """Check the attenuation."""
     if isinstance(phi, str) and phi not in _PHIS:
         raise ValueError(f"unknown phi {phi!r}, use a number in [0, 1] or one of {', '.join(map(repr, _PHIS))}")
-    if not isinstance(phi, str) and not 0 <= phi <= 1:
-        raise ValueError(f"phi must be in [0, 1], got {phi}")
+    if not isinstance(phi, str):
+        _check_number("phi", phi)
+        if not 0 <= phi <= 1:
+            raise ValueError(f"phi must be in [0, 1], got {phi}")
     if phi == "chord-state" and moments is None:
         raise ValueError("phi 'chord-state' needs moments=(sum_sq, sum_cube)")
+    if moments is not None:
+        if not isinstance(moments, tuple | list) or len(moments) != 2:
+            raise TypeError(f"moments must be the pair (sum_sq, sum_cube), got {type(moments).__name__}")
+        check_tensors(sum_sq=moments[0], sum_cube=moments[1])
 
 # %% ../../nbs/egspo/00_gate.ipynb #2e56efba
 @torch.no_grad()

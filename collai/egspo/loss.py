@@ -21,7 +21,17 @@ from jaxtyping import Float, Shaped
 
 from ..core.claims import measure_main
 from ..core.tinylm import TinyLM
-from .gate import _check_gate, _check_phi, _gate, _select, _take, _Taken, attenuation, entropy_gate
+from collai.egspo.gate import (
+    _check_gate,
+    _check_number,
+    _check_phi,
+    _gate,
+    _select,
+    _take,
+    _Taken,
+    attenuation,
+    entropy_gate,
+)
 from ..rl.adv import check_option, check_tensors, check_tokens
 from ..rl.losses import ppo_clip_loss, sft_loss
 from ..rl.stats import linear_token_stats, model_token_stats
@@ -30,6 +40,7 @@ from ..rl.stats import linear_token_stats, model_token_stats
 _Table: TypeAlias = Float[torch.Tensor, "B T"]  # one real number a token
 _Any: TypeAlias = Shaped[torch.Tensor, "B T"]  # of any kind
 _Number: TypeAlias = float | int
+_Loss: TypeAlias = Float[torch.Tensor, ""]
 _Moments: TypeAlias = tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -38,6 +49,7 @@ def _check_loss(phi: float | int | str, moments: _Moments, clip_low: float | int
     """Check the options that only this loss has, and the narrower range of its clip."""
     _check_phi(phi, moments)
     for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        _check_number(name, clip)
         if not 0 <= clip < 1:
             raise ValueError(f"{name} must be in [0, 1), got {clip}")
     check_option("normalize", normalize, "tokens", "weights")
@@ -45,6 +57,7 @@ def _check_loss(phi: float | int | str, moments: _Moments, clip_low: float | int
 
 def _check_share(name: str, value: _Number) -> None:
     """Refuse a share that is none."""
+    _check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
@@ -130,8 +143,7 @@ def _split(gate: torch.Tensor, taken: _Taken, metrics: dict[str, float], tensors
 def egspo_loss(logp: _Table, old_logp: _Table, adv: _Table, mask: _Any, entropy: _Table, *, phi: _Number | str = 0.1,
                quantile: _Number = 0.8, scope: str = "batch", clip_low: _Number = 0.2, clip_high: _Number = 0.2,
                agg: str = "token-mean", normalize: str = "tokens", gate: _Any | None = None, moments: _Moments = None,
-               energy: _Table | None = None, is_weights: _Any | None = None,
-               ) -> tuple[Float[torch.Tensor, ""], dict[str, float]]:
+               energy: _Table | None = None, is_weights: _Any | None = None) -> tuple[_Loss, dict[str, float]]:
     """Clipped loss with the weight ``g + (1 - g)·φ`` a token: `ppo_clip_loss`, attenuated where the policy was sure.
 
     Parameters
@@ -143,7 +155,8 @@ def egspo_loss(logp: _Table, old_logp: _Table, adv: _Table, mask: _Any, entropy:
     normalize : {"tokens", "weights"}
         Divide as PPO does, or so that the mean weight of the valid tokens is 1.
     gate, energy : torch.Tensor (B, T), optional
-        g in [0, 1], instead of quantile and scope; energies of the tokens, for a metric.
+        g in [0, 1], instead of quantile and scope, which see the tokens of this call alone (with micro-batches or ranks
+        make it once by `entropy_gate` and its ``gather``); energies of the tokens, for a metric.
 
     Returns
     -------
@@ -248,9 +261,11 @@ def chord_loss(rl_loss: Float[torch.Tensor, ""], expert_logp: Float[torch.Tensor
     Raises
     ------
     ValueError, TypeError
-        If `mu` is out of range, `rl_loss` is no scalar tensor, or as in `collai.rl.losses.sft_loss`.
+        If `mu` is out of range, `phi` no bool, `rl_loss` is no scalar tensor, or as in `collai.rl.losses.sft_loss`.
     """
     _check_share("mu", mu)
+    if not isinstance(phi, bool):
+        raise TypeError(f"phi is a switch here, True or False, got {phi!r}")
     check_tensors(rl_loss=rl_loss)
     if rl_loss.ndim:
         raise ValueError(f"rl_loss must be a scalar, got shape {tuple(rl_loss.shape)}")

@@ -7,13 +7,13 @@ __all__ = ['MIXED', 'CopySum', 'CopyList', 'Course', 'GatedConfig', 'GatedTraine
 
 # %% ../../nbs/egspo/02_recipe.ipynb #d92e74b2
 import copy
-import hashlib
 import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,33 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from ..core.parallel import item_seed
-from .gate import RunningQuantile, entropy_gate
+from .gate import RunningQuantile, _check_number, entropy_gate
 from .loss import chord_loss, egspo_loss, mu_schedule
 from ..eval.stats import bootstrap_mean, wilson
+from ..rl.adv import check_integer
 from ..rl.buffer import Rollouts
 from ..rl.losses import kl_k3
 from ..rl.sample import generate
 from ..rl.stats import TokenStats, model_token_stats
 from ..rl.tasks import ChainSum, Mixture, Problem
-from ..rl.train import History, TrainConfig, Trainer, demonstration_logps, greedy_accuracy, sft
+
+# %% ../../nbs/egspo/02_recipe.ipynb #4c7d10ab
+from collai.rl.train import (
+    History,
+    TrainConfig,
+    Trainer,
+    _check_same,
+    _check_task,
+    _held,
+    _plain,
+    _positive,
+    _read,
+    _write,
+    demonstration_logps,
+    greedy_accuracy,
+    sft,
+    weights_hash,
+)
 
 # %% ../../nbs/egspo/02_recipe.ipynb #3b0e389d
 def _written_out(terms: Sequence[int], base: int) -> str:
@@ -136,6 +154,22 @@ class CopyList(ChainSum):
 # %% ../../nbs/egspo/02_recipe.ipynb #89f6c12f
 MIXED = Mixture([ChainSum(4), CopySum(), CopyList()])  # what the start policy of the written sums has imitated
 
+# %% ../../nbs/egspo/02_recipe.ipynb #5b3e90d7
+def _course_key(task: Any, experts: Any, held: Any) -> str:
+    """Check the parts of a course and name it; a part that has parts itself stands in brackets."""
+    parts = [part for part in (task if experts is None else experts, held) if part is not None]
+    for part in (task, *parts):
+        _check_task(part, "key", "sample", "alphabet", "max_new", "max_turns")
+    keys = [f"({part.key})" if "+" in part.key or " " in part.key else part.key for part in parts]
+    return str(task.key) if held is experts is None else f"{task.key} after {'+'.join(keys)}"
+
+# %% ../../nbs/egspo/02_recipe.ipynb #c3d8f2a6
+def _of_task(self: "Course", name: str) -> Any:
+    """Look a method of the rewarded task up when it is asked for; a stored one can't be sent to a process."""
+    if name in {"sample", "step", "reward"}:
+        return getattr(self.task, name)
+    raise AttributeError(f"a course has no {name}")
+
 # %% ../../nbs/egspo/02_recipe.ipynb #78cf9ba3
 class Course:
     """A task to be rewarded on, with what is demonstrated and a skill that is held back.
@@ -161,16 +195,21 @@ class Course:
         Name; all characters of the three.
     max_new, max_turns : int
         Of `task`.
+
+    Raises
+    ------
+    TypeError
+        If one of the three is no task.
     """
 
     def __init__(self, task: Any, *, experts: Any = None, held: Any = None) -> None:
+        self.key = _course_key(task, experts, held)
         self.task, self.experts, self.held = task, task if experts is None else experts, held
         self.imitation = self.experts if held is None else Mixture([self.experts, held])
-        every = Mixture([task, self.imitation])
-        self.key = task.key if held is None and experts is None else f"{task.key} after {self.imitation.key}"
+        self.max_new, self.max_turns, self.stop, every = task.max_new, task.max_turns, task.stop, Mixture([task, self.imitation])
         self.alphabet, self.tokenizer = every.alphabet, every.tokenizer
-        self.sample, self.step, self.reward = task.sample, task.step, task.reward
-        self.max_new, self.max_turns, self.stop = task.max_new, task.max_turns, task.stop
+
+    __getattr__ = _of_task
 
 # %% ../../nbs/egspo/02_recipe.ipynb #76fc8866
 _SCHEDULE = {"warmup", "decay", "peak", "valley"}
@@ -181,6 +220,12 @@ def _mu_at(mu: float | int | Mapping[str, Any], step: int) -> float:
     return mu_schedule(step, **mu) if isinstance(mu, Mapping) else float(mu)
 
 
+def _check_kind(cfg: Any, kind: type) -> None:
+    """Refuse settings of another kind."""
+    if not isinstance(cfg, kind):
+        raise TypeError(f"cfg must be {kind.__name__}, got {type(cfg).__name__}")
+
+
 def _check_gated(cfg: "GatedConfig") -> None:
     """Let what uses the settings check them, on one token."""
     zero, one = torch.zeros(1, 1), torch.ones(1, 1)
@@ -188,9 +233,13 @@ def _check_gated(cfg: "GatedConfig") -> None:
     gate = entropy_gate(zero, one, quantile=cfg.quantile, scope=cfg.scope, state=state)
     loss, _ = egspo_loss(zero, zero, zero, one, zero, phi=cfg.phi, gate=gate, moments=(zero, zero), clip_low=cfg.clip_low,
                          clip_high=cfg.clip_high)
-    if isinstance(cfg.mu, Mapping) and set(cfg.mu) != _SCHEDULE:
-        raise ValueError(f"mu must be a number or hold {', '.join(sorted(_SCHEDULE))}, got {cfg.mu}")
-    chord_loss(loss, zero, one, mu=_mu_at(cfg.mu, 0))
+    if isinstance(cfg.mu, Mapping):
+        if set(cfg.mu) != _SCHEDULE:
+            raise ValueError(f"mu must be a number or hold {', '.join(sorted(_SCHEDULE))}, got {cfg.mu}")
+        for name in ("warmup", "decay"):
+            check_integer(name, cfg.mu[name], 0)
+    chord_loss(loss, zero, one, mu=mu_schedule(0, **cfg.mu) if isinstance(cfg.mu, Mapping) else cfg.mu)
+    _check_number("expert_share", cfg.expert_share)
     if not 0 < cfg.expert_share < 1:
         raise ValueError(f"expert_share must be in (0, 1), got {cfg.expert_share}")
 
@@ -206,6 +255,7 @@ class _Gate:
     clip_high: float | int = 0.2
     mu: float | int | Mapping[str, Any] = 0.0
     expert_share: float | int = 0.2
+    expert_phi: bool = False
 
 # %% ../../nbs/egspo/02_recipe.ipynb #51984ebc
 @dataclass(kw_only=True)
@@ -231,12 +281,11 @@ class GatedConfig(_Gate, TrainConfig):
 
     Raises
     ------
-    ValueError
-        If a setting is out of range.
+    ValueError, TypeError
+        If a setting is out of range, or no number where one is needed.
     """
 
     estimator: str = "grpo"
-    expert_phi: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -326,18 +375,9 @@ def _watched_step(self: "GatedTrainer") -> dict[str, Any]:
     return row
 
 # %% ../../nbs/egspo/02_recipe.ipynb #cc741e02
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Hash of the weights of a model."""
-    weights = (w.detach().cpu().contiguous().view(torch.uint8).numpy() for w in model.state_dict().values())
-    found = hashlib.sha256()
-    for w in weights:
-        found.update(w)
-    return found.hexdigest()
-
-
 def _gated_settings(self: "GatedTrainer") -> dict[str, Any]:
     """What a run follows from; the reference is part of it."""
-    self._mark = self._mark or _fingerprint(self.reference)
+    self._mark = self._mark or weights_hash(self.reference)
     return Trainer._settings(self) | {"reference": self._mark}
 
 # %% ../../nbs/egspo/02_recipe.ipynb #e6add042
@@ -371,6 +411,7 @@ class GatedTrainer(Trainer):
     _measured: tuple[Rollouts | None, float]
 
     def __init__(self, model: torch.nn.Module, tok: Any, task: Any, cfg: GatedConfig) -> None:
+        _check_kind(cfg, GatedConfig)
         self.course = task if isinstance(task, Course) else Course(task)
         super().__init__(model, tok, self.course, cfg)
         self.reference = copy.deepcopy(model).requires_grad_(False)
@@ -384,11 +425,10 @@ class GatedTrainer(Trainer):
 def _check_recipe(cfg: "EGSPOConfig") -> None:
     """Check the settings under the names they have here; the rest is checked by `GatedConfig`."""
     for name, low in (("sft_steps", 0), ("rl_steps", 0), ("ppo_epochs", 1), ("sft_batch", 1)):
-        if isinstance(x := getattr(cfg, name), bool) or not isinstance(x, int) or x < low:
-            raise ValueError(f"{name} must be an integer >= {low}, got {x!r}")
+        setattr(cfg, name, check_integer(name, getattr(cfg, name), low))
     for name in ("lr_sft", "lr_rl"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise ValueError(f"{name} must be positive, got {getattr(cfg, name)!r}")
+        setattr(cfg, name, _positive(name, getattr(cfg, name)))
+    _check_number("sft_until", 1 if cfg.sft_until is None else cfg.sft_until)
     if cfg.sft_until is not None and not 0 < cfg.sft_until <= 1:
         raise ValueError(f"sft_until must be in (0, 1], got {cfg.sft_until}")
 
@@ -401,7 +441,8 @@ def _gated_config(self: "EGSPOConfig") -> GatedConfig:
     GatedConfig
         For `GatedTrainer`.
     """
-    same = ("n", "prompts_per_step", "eval_every", "eval_prompts", "seed", *(f.name for f in fields(_Gate)))
+    same = ("n", "prompts_per_step", "grad_clip", "agg", "eval_every", "eval_prompts", "seed",
+            *(f.name for f in fields(_Gate)))
     return GatedConfig(estimator=self.advantage, options=dict(self.options), epochs=self.ppo_epochs, lr=self.lr_rl,
                        **{name: getattr(self, name) for name in same})
 
@@ -417,9 +458,9 @@ class EGSPOConfig(_Gate):
         looked at every 10 updates (None: no stop).
     rl_steps, prompts_per_step, n, ppo_epochs, lr_rl : int, int, int, int, float
         Stages 2 and 3: steps, prompts a step, rollouts a prompt, updates on them, learning rate.
-    quantile, scope, phi, mu, expert_share, clip_low, clip_high
+    quantile, scope, phi, mu, expert_share, expert_phi, clip_low, clip_high
         As in `GatedConfig`.
-    advantage, options, eval_every, eval_prompts, seed
+    advantage, options, grad_clip, agg, eval_every, eval_prompts, seed
         As `estimator` and the others in `collai.rl.train.TrainConfig`.
     """
 
@@ -434,6 +475,8 @@ class EGSPOConfig(_Gate):
     lr_rl: float = 2e-4
     advantage: str = "grpo"
     options: dict[str, Any] = field(default_factory=dict)
+    grad_clip: float = 1.0
+    agg: str = "token-mean"
     eval_every: int = 5
     eval_prompts: int = 128
     seed: int = 0
@@ -465,13 +508,38 @@ def _accuracy_on(self: "EGSPORecipe", task: Any) -> float:
 def _imitate(self: "EGSPORecipe", checkpoint: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
     """Stage 1; return its rows, the last of which is evaluated."""
     with tempfile.TemporaryDirectory() as spare:
-        losses = self._learn(spare if checkpoint is None else checkpoint)
+        try:
+            losses = self._learn(spare if checkpoint is None else checkpoint)
+        except KeyboardInterrupt as stop:
+            if checkpoint is None:
+                stop.__notes__ = ["the state is lost (no checkpoint)"]
+            raise
     rows: list[dict[str, Any]] = [{"stage": 1, "step": k, "tokens": 0, "nll": x} for k, x in enumerate(losses, 1)]
     rows = rows or [{"stage": 1, "step": 0, "tokens": 0}]
     rows[-1]["accuracy"] = self._accuracy(self.course)
     if self.course.held is not None:
         rows[-1]["held_accuracy"] = self._accuracy(self.course.held)
     return rows
+
+# %% ../../nbs/egspo/02_recipe.ipynb #8d1f60c2
+def _keep_settings(self: "EGSPORecipe", folder: str | os.PathLike[str]) -> None:
+    """Refuse the folder of another recipe before anything is written there; a new one gets a record of this one."""
+    file = Path(folder) / "recipe.pt"
+    mine = {"task": self.course.key, **_plain(asdict(self.cfg))}
+    del mine["rl_steps"]  # more of them go on
+    with _held(file):
+        if file.is_file():
+            _check_same(file, _read(file, self.model, "settings")["settings"], mine)
+        else:
+            _write(file, {"settings": mine})
+
+
+def _check_start(self: "EGSPORecipe", folder: str | os.PathLike[str] | None) -> None:
+    """Refuse to imitate from weights that a broken stage 1 has left, unless its state is stored."""
+    now = weights_hash(self.model)
+    self._start = self._start or now
+    if now != self._start and (folder is None or not (Path(folder) / "sft.pt").is_file()):
+        raise RuntimeError("stage 1 broke off and no state of it is stored: make a new recipe from the start weights")
 
 # %% ../../nbs/egspo/02_recipe.ipynb #5c917e63
 def _run_recipe(self: "EGSPORecipe", *, checkpoint: str | os.PathLike[str] | None = None) -> History:
@@ -480,24 +548,31 @@ def _run_recipe(self: "EGSPORecipe", *, checkpoint: str | os.PathLike[str] | Non
     Parameters
     ----------
     checkpoint : str or path-like, optional
-        Folder of the states of both parts; the same call goes on from them after Ctrl-C or a kill.
+        Folder of the settings and of the states of both parts; the same call goes on from them after Ctrl-C or a kill.
+        With more `rl_steps` it goes on, too; any other change of settings is refused.
 
     Returns
     -------
     History
         A row a step: ``stage`` 1 for a step of imitation, 3 for rollouts and their update; ``step`` counts within them,
         ``tokens`` the sampled ones. Stage 1 has ``nll`` (nats a token) and, in its last row, ``accuracy`` and
-        ``held_accuracy``; stage 3 the columns of `GatedTrainer`.
+        ``held_accuracy``; stage 3 the columns of `GatedTrainer`. A recipe that is finished returns it again.
 
     Raises
     ------
     ValueError
         If the checkpoint belongs to other settings, or a demonstration is missing.
+    RuntimeError
+        If stage 1 broke off and no state of it is stored, or as in `collai.rl.train.Trainer.run`.
     KeyboardInterrupt
         After Ctrl-C, at the end of the step.
     """
-    rows = self._imitate(checkpoint)
-    trainer = GatedTrainer(self.model, self.tok, self.course, self.cfg.gated())
+    if checkpoint is not None:
+        self._keep_settings(checkpoint)
+    if self._made is None:
+        self._check_start(checkpoint)
+        self._made = self._imitate(checkpoint), GatedTrainer(self.model, self.tok, self.course, self.cfg.gated())
+    rows, trainer = self._made
     made = trainer.run(self.cfg.rl_steps, checkpoint=checkpoint)
     return History(rows + [{"stage": 3, **row} for row in made.rows])
 
@@ -515,13 +590,31 @@ class EGSPORecipe:
         What gives the rewards; a `Course` adds experts of its own and a skill that is held back.
     cfg : EGSPOConfig
         Settings.
+
+    Raises
+    ------
+    TypeError
+        If `task` is no task or `cfg` no EGSPOConfig.
+
+    Examples
+    --------
+    >>> from collai.core.tinylm import TinyLM
+    >>> from collai.egspo.recipe import EGSPOConfig, EGSPORecipe
+    >>> from collai.rl.tasks import ChainSum
+    >>> task, cfg = ChainSum(4), EGSPOConfig(sft_steps=10, rl_steps=2)  # small, to see it run
+    >>> tok = task.tokenizer()
+    >>> recipe = EGSPORecipe(TinyLM(len(tok)), tok, task, cfg)
+    >>> history = recipe.run(checkpoint="runs/sums")
     """
 
     def __init__(self, model: torch.nn.Module, tok: Any, task: Any, cfg: EGSPOConfig) -> None:
-        self.model, self.tok, self.cfg = model, tok, cfg
+        _check_kind(cfg, EGSPOConfig)
+        self.model, self.tok, self.cfg, self._start = model, tok, cfg, ""
         self.course = task if isinstance(task, Course) else Course(task)
+        self._made: tuple[list[dict[str, Any]], GatedTrainer] | None = None  # stage 1 as it was, and what goes on from it
 
     run, _imitate, _learn, _accuracy = _run_recipe, _imitate, _learn, _accuracy_on
+    _keep_settings, _check_start = _keep_settings, _check_start
 
 # %% ../../nbs/egspo/02_recipe.ipynb #cab3a07e
 _ROWS = 1024  # answers that are sampled at once
@@ -570,6 +663,7 @@ def evaluate(model: torch.nn.Module, tok: Any, problems: Sequence[Problem], *, n
     """
     if len(problems) < 2:
         raise ValueError(f"at least 2 problems are needed for an interval, got {len(problems)}")
+    n = check_integer("n", n, 1)
     rewards = _answers(model, tok, problems, n, temperature, seed)
     avg, *ends = bootstrap_mean(rewards.ravel(), np.repeat(np.arange(len(problems)), n))
     solved = int((rewards >= 1).any(axis=1).sum())

@@ -59,7 +59,11 @@ class _KeptEntropies(GRPOTrainer):
             found = [entropy for logp, entropy in self._passes if logp is batch.get("old_per_token_logps")]
         finally:
             self._passes = None
-        return batch | {"rollout_entropies": found[0]} if found else batch
+        if batch.get("old_per_token_logps") is None:  # used once: the loss brings entropies of the same policy
+            return batch
+        if not found or found[0] is None:
+            raise RuntimeError("TRL made old_per_token_logps in a way that gives no entropies, so the gate can't be kept fixed")
+        return batch | {"rollout_entropies": found[0]}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._fixed = inputs.get("rollout_entropies")

@@ -50,6 +50,7 @@ def _with_entropies(ppo_loss: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _FOUND.reset(token)
 
+    gated.sees_entropies = True  # type: ignore[attr-defined]
     return gated
 
 # %% ../../nbs/egspo/05_verl.ipynb #50be5e8f
@@ -67,11 +68,16 @@ def _gather(group: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     return joined
 
 
+_ROUNDING = 1e-3  # nats: as far below 0 an entropy from 16-bit logits may fall
+
+
 def _weigh(entropy: Float[torch.Tensor, "B T"], log_prob: Float[torch.Tensor, "B T"], mask: Shaped[torch.Tensor, "B T"],
            phi: float | int | str, quantile: float | int, group: Any = None,
            ) -> tuple[Float32[torch.Tensor, "B T"], dict[str, float]]:
     """Weights (B, T), 0 on masked tokens, and what a log should say about them."""
-    gate = entropy_gate(entropy.detach().float().clamp(min=0), mask, quantile=quantile, gather=_gather(group))
+    entropy = entropy.detach().float()
+    kept = torch.where((entropy < 0) & (entropy > -_ROUNDING), 0, entropy)
+    gate = entropy_gate(kept, mask, quantile=quantile, gather=_gather(group))
     weight = torch.where(mask.bool(), gate + (1 - gate) * attenuation(log_prob.detach(), phi).float(), 0)
     count = mask.sum().clamp(min=1)
     high, mean = torch.stack([gate.sum() / count, weight.sum() / count]).tolist()
@@ -117,7 +123,7 @@ def install() -> None:
     except ImportError as error:
         raise ImportError(f"collai.egspo.verl_ext needs verl ({error}): {_INSTALL}") from error
     core_algos.register_policy_loss("egspo")(_policy_loss)
-    if not hasattr(losses.ppo_loss, "__wrapped__"):
+    if not hasattr(losses.ppo_loss, "sees_entropies"):
         losses.ppo_loss = _with_entropies(losses.ppo_loss)
     for name in ("verl.workers.engine_workers", "verl.trainer.distillation.losses"):  # they hold it under its name
         module: Any = sys.modules.get(name)

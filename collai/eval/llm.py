@@ -389,7 +389,7 @@ def _noise_seed(request: Request) -> int | None:
     """Seed that stands for `seed` and `sample` together; None leaves the choice to the back end."""
     return request.seed if request.sample == 0 else int(fingerprint([request.seed, request.sample])[:12], 16)
 
-# %% ../../nbs/eval/01_llm.ipynb #d8090e64
+# %% ../../nbs/eval/01_llm.ipynb #7c6709f2
 class _Draw:
     """Turns logits (B, V) into scores whose argmax is the token, with noise of its own in each row; a hook."""
 
@@ -405,7 +405,7 @@ class _Draw:
                 self.generators.append((i, torch.Generator(device).manual_seed(int(key[:15], 16))))
         self.cuts = bool((self.top_p < 1).any())
         self.top = max(r.logprobs for r in requests)
-        self.noise: Any = None
+        self.uniform: Any = None
         self.kept: list[tuple[Any, ...]] = []
 
     def __call__(self, ids: Any, logits: Any) -> Any:
@@ -413,12 +413,12 @@ class _Draw:
 
         scores = logits
         if self.generators:
-            if self.noise is None:
-                self.noise = torch.ones(logits.shape, dtype=torch.float64, device=logits.device)
+            if self.uniform is None:  # 1/e makes no noise: the rows that take the likeliest token keep it
+                self.uniform = torch.full(logits.shape, 1 / math.e, dtype=torch.float64, device=logits.device)
             for i, generator in self.generators:
-                self.noise[i].exponential_(generator=generator)
+                self.uniform[i].uniform_(generator=generator)
             scores = logits / self.temperature
-            scores = (_nucleus(scores, self.top_p) if self.cuts else scores) - self.noise.clamp(min=1e-18).log()
+            scores = (_nucleus(scores, self.top_p) if self.cuts else scores) - self.uniform.log().neg_().log_()
         if self.top:
             logp = torch.log_softmax(logits, dim=-1)
             best, which = logp.topk(min(self.top, logp.shape[1]))

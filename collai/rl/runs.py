@@ -25,7 +25,7 @@ from jaxtyping import Float, Float64, Int, Shaped
 from ..core.parallel import pmap
 from ..core.tinylm import TinyLM
 from .adv import check_integer
-from .train import History, TrainConfig, Trainer, warm_start
+from .train import History, TrainConfig, Trainer, warm_start, weights_hash
 
 # %% ../../nbs/rl/09_runs.ipynb #3922efab
 def evaluations(history: History) -> tuple[Float64[np.ndarray, " looks"], Float64[np.ndarray, " looks"]]:
@@ -89,10 +89,8 @@ class _Cell:
 
     def key(self) -> str:
         """Name of what decides the numbers."""
-        weights = hashlib.sha256(b"".join(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                                          for w in self.model.state_dict().values())).hexdigest()
-        parts = [asdict(self.cfg), self.task.key, self.steps, self.tokens, self.target, self.make, self.device, weights,
-                 getattr(self.model, "config", None)]
+        parts = [asdict(self.cfg), self.task.key, self.steps, self.tokens, self.target, self.make, self.device,
+                 weights_hash(self.model), getattr(self.model, "config", None)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_spelled).encode()).hexdigest()[:20]
 
 

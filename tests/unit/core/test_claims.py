@@ -115,8 +115,11 @@ def test_many_writers_lose_no_row(tmp_path):
     assert len(claims.load_results(out)["rows"]) == 24
 
 
-def test_a_missing_results_file_has_no_rows(tmp_path):
-    assert claims.load_results(tmp_path / "none.json") == {"rows": {}}
+def test_a_missing_results_file_has_no_rows_and_says_so_to_who_wants_one(tmp_path):
+    found = claims.load_results(tmp_path / "none.json")
+    assert found == {"rows": {}} and found["rows"].get("a") is None and "a" not in found["rows"]
+    with pytest.raises(FileNotFoundError, match=r"no results file .*none\.json, so no row 'a': measure it with python -m collai"):
+        found["rows"]["a"]
 
 
 def test_a_measurement_runs_from_the_command_line(tmp_path, capsys):

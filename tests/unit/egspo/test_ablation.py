@@ -34,7 +34,7 @@ from collai.egspo.ablation import (
 from collai.egspo.recipe import CopyList, CopySum, Course, GatedConfig, GatedTrainer
 from collai.eval.stats import paired_bootstrap
 from collai.rl.runs import run_arms
-from collai.rl.train import History, sft
+from collai.rl.train import History, greedy_accuracy, sft
 
 COURSE = Course(CopySum(2, 2), held=CopyList(2, 2))
 TOK = COURSE.tokenizer()
@@ -142,7 +142,24 @@ def test_the_plan_sweeps_rates_for_arms_and_one_rate_for_the_grid():
     assert [rate for name, rate in sums if name == "SFT only"] == [20 * rate for rate in RATES]
     assert {rate for name, rate in sums if name in GRID} == {RATES[1]}
     assert {name for name, _ in plan("copysum")} == set(ARMS)
-    assert plan("copysum", ["GRPO"]) == [("GRPO", rate) for rate in RATES] and plan("copysum", list(GRID)) == []
+    assert plan("copysum", ["GRPO"]) == [("GRPO", rate) for rate in RATES]
+
+
+def test_names_may_come_one_by_one_and_unknown_ones_are_refused(tiny):
+    two = ["GRPO", "OTB"]
+    assert plan("chainsum", iter(two)) == plan("chainsum", two) and len(plan("chainsum", two)) == 2 * len(RATES)
+    assert list(arms_for(1e-4, iter(two))) == two
+    assert estimate(iter(["copysum", "chainsum"]), 1, iter(["GRPO"])) > 0
+    for name, task in (("GRPPO", "chainsum"), ("scope running", "copysum")):
+        with pytest.raises(ValueError, match=f"unknown arm of {task} '{name}', use one of 'GRPO', 'EGSPO 0.1'"):
+            plan(task, [name])
+    with pytest.raises(ValueError, match="unknown arm of chainsum 'G'"):
+        plan("chainsum", "GRPO")
+    for refused in (plan, lambda task: study(task, seeds=[0]), lambda task: estimate([task], 1)):
+        with pytest.raises(ValueError, match="unknown task 'nope', use one of 'chainsum', 'copysum'"):
+            refused("nope")
+    with pytest.raises(ValueError, match="at least one seed is needed, got none"):
+        study("chainsum", seeds=iter([]))
 
 
 # ---- records and tables ----
@@ -180,6 +197,8 @@ def test_a_record_keeps_what_the_table_needs():
     assert bare["held"] is None and bare["expert_tokens"] == [0] and json.loads(json.dumps(found)) == found
     with pytest.raises(ValueError, match="no evaluation in its 1 steps"):
         record([course([nan])], 100)
+    with pytest.raises(ValueError, match="at least one run is needed, got none"):
+        record([], 100)
 
 
 def test_differences_are_paired_by_seed():
@@ -198,12 +217,24 @@ def test_differences_are_paired_by_seed():
 
 def test_tables_refuse_what_cannot_be_compared():
     one, two = record([course([0.2])], 100), record([course([0.2]), course([0.3])], 100)
-    with pytest.raises(ValueError, match=r"the same seeds and the same budget, got \(runs, tokens\) = \{'a': \(1, 100.0\), 'b': \(2, 100.0\)\}"):
+    with pytest.raises(ValueError, match=r"the same seeds and the same budget, got \(runs, tokens, seeds\) = \{'a': \(1, 100.0, None\), 'b': \(2, 100.0, None\)\}"):
         table_of({"a": one, "b": two})
     with pytest.raises(ValueError, match="the same seeds and the same budget"):
         table_of({"a": one, "b": record([course([0.2])], 50)})
-    with pytest.raises(ValueError, match=r"got \(runs, tokens\) = \{\}"):
+    with pytest.raises(ValueError, match=r"got \(runs, tokens, seeds\) = \{\}"):
         table_of({})
+
+
+def test_records_of_other_seeds_are_not_paired():
+    runs = [course([0.2]), course([0.4])]
+    first, other, unknown = record(runs, 100, seeds=(0, 1)), record(runs, 100, seeds=range(1, 3)), record(runs, 100)
+    assert first["seeds"] == [0, 1] and unknown["seeds"] is None
+    for refused in (table_of, at_best_rate):
+        with pytest.raises(ValueError, match=r"the same seeds .*\{1.0: \(2, 100.0, \[0, 1\]\), 2.0: \(2, 100.0, \[1, 2\]\)"):
+            refused({1.0: first, 2.0: other})
+    bare = {name: x for name, x in first.items() if name != "seeds"}
+    assert len(table_of({"a": first, "b": unknown, "c": bare})) == 3, "rows of before have no seeds"
+    assert at_best_rate({1.0: first, 2.0: first})[0]["seeds"] == [0, 1] and at_best_rate({1.0: bare, 2.0: first})[0]["seeds"] is None
 
 
 def test_each_half_of_the_seeds_chooses_the_rate_of_the_other():
@@ -214,7 +245,7 @@ def test_each_half_of_the_seeds_chooses_the_rate_of_the_other():
     assert [run[-1] for run in found["kl"]] == pytest.approx([0.1, 0.3, 0.2, 0.4])
     six = record([course([0.5])] * 6, 100)
     assert at_best_rate({1e-4: six, 2e-4: six})[0]["grid"] == six["grid"] and at_best_rate({1e-4: six})[0]["held"] is None
-    with pytest.raises(ValueError, match="at least one setting"):
+    with pytest.raises(ValueError, match="the same seeds and the same budget"):
         at_best_rate({})
 
 
@@ -228,6 +259,11 @@ def test_an_ablation_compares_runs_at_equal_tokens(tmp_path):
     budget = min(h.column("tokens")[-1] for hs in runs.values() for h in hs)
     assert table.equals(table_of({name: record(hs, budget) for name, hs in runs.items()}))
     assert table.index.tolist() == list(arms) and table["held"].notna().all()
+    plain, ours = (ablate({"GRPO": kind(phi=1.0, **FAST)}, COURSE, seeds=(0, 1), steps=2, start=learned()) for kind in (GatedConfig, ControlConfig))
+    assert plain.equals(ours), "settings without a control"
+    for none, seeds in (({}, (0,)), ({"GRPO": FAST}, [])):
+        with pytest.raises(ValueError, match=r"at least one arm and one seed are needed, got arms \[.*\] and seeds \["):
+            ablate(none, COURSE, seeds=seeds, steps=2, start=learned())
     with pytest.raises(TimeoutError, match="2 of 2 runs are not finished; call again with the same folder"):
         ablate({"GRPO": FAST}, COURSE, seeds=(0, 1), steps=2, start=learned(), folder=tmp_path, seconds=-1)
 
@@ -251,7 +287,9 @@ def test_a_study_keeps_every_arm_that_is_complete(tiny, tmp_path):
     for row in rows:
         assert row["unit"] == "accuracy" and row["grid"][-1] == 120 and np.shape(row["accuracy"]) == np.shape(row["kl"]) == (2, 6)
         assert row["measured"] == pytest.approx(np.mean([run[-1] for run in row["accuracy"]])) and 0 < row["start"] < 1
-        assert (min(row["expert_tokens"]) > 0) == ("SFT" in row["name"])
+        assert (min(row["expert_tokens"]) > 0) == ("SFT" in row["name"]) and row["seeds"] == [0, 1]
+        assert row["held_start"] == round(greedy_accuracy(learned(), TOK, COURSE.held, prompts=256), 4)
+        assert all(x == round(x, 4) for run in row["entropy"] for x in run), "four digits are enough"
     assert study("chainsum", seconds=-1, **options) == (rows, 0), "finished runs come from the folder"
     more, left = study("chainsum", seconds=-1, **(options | {"names": ("SFT only", "80/20 mask")}))
     assert [row["name"] for row in more] == [f"{key} | SFT only | {20 * rate:g}" for rate in RATES] and left == 6
@@ -274,9 +312,38 @@ def test_the_command_writes_what_is_complete_and_says_what_is_left(tiny, tmp_pat
         main([*given_, "--arms", "GRPO", "80/20 mask", "--minutes", "-1"])
     stored = json.loads((tmp_path / "r.json").read_text())
     assert set(stored["rows"]) == {f"copysum-2-2 | GRPO | {rate:g}" for rate in RATES}
+    assert {row["held_start"] for row in stored["rows"].values()} == {None}, "nothing is held back here"
     assert next(iter(stored["runs"].values()))["command"].startswith("python -m collai.egspo.ablation --out")
     with pytest.raises(SystemExit):
         main(["--out", "x", "--folder", "y", "--tasks", "maths"])
+
+
+@pytest.mark.parametrize(("given_", "text"), [
+    (["--seeds", "0"], "argument --seeds: must be a whole number >= 1, got 0"), (["--seeds", "-1"], "argument --seeds: must be a whole number >= 1, got -1"),
+    (["--jobs", "0"], "argument --jobs: must be a whole number >= 1, got 0"), (["--jobs", "two"], "argument --jobs: must be a whole number >= 1, got two"),
+    (["--minutes", "nan"], "argument --minutes: must be a number, got nan"),
+    (["--tasks", "copysum", "--arms", "scope running"], "argument --arms: unknown arm of copysum 'scope running', use one of 'GRPO'"),
+    (["--device", "cuda"], "argument --device: no GPU is to be seen here"),
+    (["--out", "."], "argument --out: . is no results file (it is a folder)"), (["--out", "list.json"], "argument --out: list.json is no results file"),
+    (["--out", "text.json"], "argument --out: text.json is no results file (Expecting value")])
+def test_the_command_refuses_before_any_run(given_, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ablation, "estimate", lambda *_: pytest.fail("began"))
+    (tmp_path / "text.json").write_text("no JSON")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", "r.json", "--folder", "f", *given_])
+    assert stopped.value.code == 2 and text in capsys.readouterr().err
+    assert {f.name for f in tmp_path.iterdir()} == {"text.json", "list.json"}
+
+
+def test_the_help_of_the_command_lists_the_arms(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(name in told for name in (*ARMS, *SCOPES, *GRID))
 
 
 def test_the_shipped_tasks_have_their_start_policies():

@@ -337,3 +337,33 @@ def test_what_is_no_tensor_is_refused_with_its_fields():
 def test_the_other_functions_refuse_bad_input_and_say_why(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("options, text", [
+    (dict(quantile="0.8"), "quantile must be a number, got '0.8'"), (dict(quantile=None), "quantile must be a number, got None"),
+    (dict(soft="1"), "soft must be a number, got '1'"),
+    (dict(scope="running", state={"value": 1.0}), "state must be a RunningQuantile, got dict")])
+def test_options_of_another_type_are_named(options, text):
+    with pytest.raises(TypeError, match=text):
+        entropy_gate.__wrapped__(torch.ones(1, 2), torch.ones(1, 2), **options)
+
+
+@pytest.mark.parametrize("phi, moments, text", [
+    (None, None, "phi must be a number, got None"), (torch.tensor(0.1), None, "phi must be a number, got tensor"),
+    ("chord-state", torch.ones(2, 1, 2), r"moments must be the pair \(sum_sq, sum_cube\), got Tensor"),
+    ("chord-state", (), r"moments must be the pair \(sum_sq, sum_cube\), got tuple"),
+    ("chord-state", ([1.0], [1.0]), "sum_sq must be a torch.Tensor, got list")])
+def test_attenuations_and_moments_of_another_type_are_named(phi, moments, text):
+    with pytest.raises(TypeError, match=text):
+        getattr(module._check_phi, "__wrapped__", module._check_phi)(phi, moments)
+
+
+@pytest.mark.parametrize("state, text", [
+    ({"quantile": 0.8, "value": 1.0}, "the state has no 'decay'"),
+    ({"quantile": 0.8, "decay": 0.9, "value": math.nan}, "must be an entropy or None, got nan"),
+    ({"quantile": 0.8, "decay": 0.9, "value": -4.0}, "must be an entropy or None, got -4.0")])
+def test_a_state_that_is_no_state_is_refused(state, text):
+    average = RunningQuantile(0.8)
+    with pytest.raises(ValueError, match=text):
+        average.load_state_dict(state)
+    assert average.value is None

@@ -394,3 +394,10 @@ def test_the_parts_on_a_cpu_use_one_thread_and_at_least_4096_tokens():
     assert torch.get_num_threads() == 1
     rows = [part.args[2][0] * sum(part.args[2][2]) // 2 for part in parts if part.func is module._overhead_rows]
     assert len(parts) == 5 and min(rows) >= 4096
+
+
+@pytest.mark.parametrize("phi", [0.1, "chord", None])
+def test_the_switch_of_chord_loss_is_a_bool(phi):
+    loss = getattr(chord_loss, "__wrapped__", chord_loss)
+    with pytest.raises(TypeError, match=r"phi is a switch here, True or False, got"):
+        loss(torch.tensor(0.5), -torch.ones(1, 2), torch.ones(1, 2), mu=0.1, phi=phi)

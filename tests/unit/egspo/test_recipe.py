@@ -1,9 +1,11 @@
 """The three stages: tasks, the gated update against a plain loop, what is watched, and runs that a kill can't change."""
 import copy
+import doctest
 import functools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -17,9 +19,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import config
 
 from collai.core.tinylm import TinyLM
 from collai.egspo import recipe
+from collai.egspo.ablation import TASKS
 from collai.egspo.loss import mu_schedule
 from collai.egspo.recipe import (
     MIXED,
@@ -35,7 +39,7 @@ from collai.egspo.recipe import (
 from collai.eval.stats import bootstrap_mean, wilson
 from collai.rl.adv import get_advantage
 from collai.rl.sample import generate, load_policy
-from collai.rl.tasks import ChainSum, Problem, PromptTask, load_prompts
+from collai.rl.tasks import ChainSum, Mixture, Problem, PromptTask, load_prompts
 from collai.rl.train import TrainConfig, Trainer, greedy_accuracy, sft, warm_start
 
 COURSE = Course(CopySum(2, 2), held=CopyList(2, 2))
@@ -129,6 +133,40 @@ def test_a_course_is_its_task_with_two_more_roles():
     assert set(course.tokenizer().decode(range(len(course.tokenizer())))) >= set(held.alphabet)
     alone = Course(task)
     assert alone.key == task.key and alone.imitation is alone.experts is task and alone.held is None
+    with pytest.raises(AttributeError, match="a course has no judge"):
+        _ = course.judge
+
+
+@pytest.mark.parametrize("course", [COURSE, Course(CopyList(2, 3), experts=CopySum(2, 3)), *(what for what, *_ in TASKS.values())])
+def test_a_course_can_be_sent_to_another_process(course):
+    sent = pickle.loads(pickle.dumps(course))  # noqa: S301
+    drawn, theirs = (task.sample(np.random.default_rng(3)) for task in (course, sent))
+    assert (sent.key, theirs.prompt, theirs.demo) == (course.key, drawn.prompt, drawn.demo)
+    assert sent.reward(theirs, drawn.demo) == 1.0 and sent.tokenizer().decode([1, 2]) == course.tokenizer().decode([1, 2])
+
+
+def test_courses_with_other_roles_have_other_keys():
+    a, b, c = CopySum(2, 3), CopyList(2, 3), ChainSum(3, 3)
+    both = Mixture([b, c])
+    courses = [Course(a), Course(a, experts=b), Course(a, held=b), Course(a, experts=b, held=c), Course(a, experts=both),
+               Course(a, experts=both, held=a), Course(a, experts=b, held=Mixture([c, a])), Course(a, experts=Mixture([a, b])),
+               Course(Course(a, experts=b), experts=c), Course(a, experts=Course(b, experts=c))]
+    assert len({course.key for course in courses}) == len(courses)
+    assert Course(CopySum(), held=CopyList()).key == "copysum-3-10 after copysum-3-10+copylist-6-10", "names rows of the stored study"
+
+
+def test_what_is_no_task_or_no_settings_is_refused_at_once():
+    problems = [COURSE.task.sample(np.random.default_rng(k)) for k in range(3)]
+    for make in (Course, lambda x: Course(COURSE.task, experts=x), lambda x: Course(COURSE.task, held=x),
+                 lambda x: gated(course=x), lambda x: EGSPORecipe(learned(), TOK, x, EGSPOConfig())):
+        with pytest.raises(TypeError, match=r"task must have key, .*this list has no key \(a list of problems becomes a task by PromptTask"):
+            make(problems)
+    for wrong in ({"rl_steps": 1}, GatedConfig()):
+        with pytest.raises(TypeError, match=f"cfg must be EGSPOConfig, got {type(wrong).__name__}"):
+            EGSPORecipe(learned(), TOK, COURSE, wrong)
+    for wrong in (EGSPOConfig(), TrainConfig()):
+        with pytest.raises(TypeError, match=f"cfg must be GatedConfig, got {type(wrong).__name__}"):
+            GatedTrainer(learned(), TOK, COURSE, wrong)
 
 
 # ---- settings ----
@@ -139,9 +177,13 @@ def test_a_course_is_its_task_with_two_more_roles():
     ({"clip_low": 1.0}, r"clip_low must be in \[0, 1\), got 1.0"), ({"clip_high": -1}, r"clip_high must be in \[0, 1\), got -1"),
     ({"mu": 1.5}, r"mu must be in \[0, 1\], got 1.5"), ({"mu": {"peak": 1}}, "mu must be a number or hold decay, peak, valley, warmup"),
     ({"mu": {"warmup": 0, "decay": 1, "peak": 2, "valley": 0}}, r"peak must be in \[0, 1\], got 2"),
-    ({"expert_share": 0}, r"expert_share must be in \(0, 1\), got 0"), ({"n": 0}, "n must be an integer >= 1, got 0")])
+    ({"expert_share": 0}, r"expert_share must be in \(0, 1\), got 0"), ({"n": 0}, "n must be an integer >= 1, got 0"),
+    ({"mu": "0.1"}, "mu must be a number, got '0.1'"), ({"mu": None}, "mu must be a number, got None"),
+    ({"expert_share": "0.2"}, "expert_share must be a number, got '0.2'"),
+    ({"mu": {"warmup": 0.5, "decay": 1, "peak": 0.5, "valley": 0}}, "warmup must be an integer >= 0, got 0.5"),
+    ({"mu": {"warmup": 0, "decay": "1", "peak": 0.5, "valley": 0}}, "decay must be an integer >= 0, got '1'")])
 def test_settings_of_the_gate_are_refused_with_their_value(settings, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         GatedConfig(**settings)
 
 
@@ -150,19 +192,27 @@ def test_settings_of_the_gate_are_refused_with_their_value(settings, text):
     ({"ppo_epochs": 0}, "ppo_epochs must be an integer >= 1, got 0"), ({"sft_batch": True}, "sft_batch must be an integer >= 1, got True"),
     ({"lr_sft": 0.0}, "lr_sft must be positive, got 0.0"), ({"lr_rl": math.inf}, "lr_rl must be positive, got inf"),
     ({"sft_until": 1.5}, r"sft_until must be in \(0, 1\], got 1.5"), ({"advantage": "ppo"}, "unknown advantage 'ppo'"),
-    ({"phi": 2}, r"phi must be in \[0, 1\], got 2")])
+    ({"phi": 2}, r"phi must be in \[0, 1\], got 2"), ({"lr_sft": "0.1"}, "lr_sft must be a number, got '0.1'"),
+    ({"sft_until": "0.5"}, "sft_until must be a number, got '0.5'"), ({"agg": "mean"}, "unknown agg 'mean'")])
 def test_settings_of_the_recipe_are_refused_with_their_value(settings, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         EGSPOConfig(**settings)
 
 
 def test_the_recipe_hands_every_setting_on():
     cfg = EGSPOConfig(rl_steps=3, prompts_per_step=5, n=2, ppo_epochs=3, lr_rl=1e-5, quantile=0.7, scope="sequence", phi="chord",
-                      mu=0.2, expert_share=0.3, clip_low=0.1, clip_high=0.3, advantage="otb", options={"leave_one_out": True},
-                      eval_every=7, eval_prompts=9, seed=11)
+                      mu=0.2, expert_share=0.3, expert_phi=True, clip_low=0.1, clip_high=0.3, advantage="otb", options={"leave_one_out": True},
+                      agg="seq-mean-token-sum", grad_clip=0.5, eval_every=7, eval_prompts=9, seed=11)
     assert cfg.gated() == GatedConfig(prompts_per_step=5, n=2, epochs=3, lr=1e-5, quantile=0.7, scope="sequence", phi="chord", mu=0.2,
-                                      expert_share=0.3, clip_low=0.1, clip_high=0.3, estimator="otb",
-                                      options={"leave_one_out": True}, eval_every=7, eval_prompts=9, seed=11)
+                                      expert_share=0.3, expert_phi=True, clip_low=0.1, clip_high=0.3, estimator="otb",
+                                      options={"leave_one_out": True}, agg="seq-mean-token-sum", grad_clip=0.5, eval_every=7,
+                                      eval_prompts=9, seed=11)
+    config.update("jaxtyping_disable", True)  # annotations say int and float
+    try:
+        counted = EGSPOConfig(sft_steps=np.int64(5), ppo_epochs=np.int32(2), lr_sft=np.float32(0.5))
+    finally:
+        config.update("jaxtyping_disable", False)
+    assert (type(counted.sft_steps), type(counted.ppo_epochs), type(counted.lr_sft)) == (int, int, float)
     spec = {"sft_steps": 280, "rl_steps": 100, "prompts_per_step": 8, "n": 4, "ppo_epochs": 1, "lr_sft": 3e-3, "lr_rl": 2e-4,
             "quantile": 0.8, "phi": 0.1, "mu": 0.0, "expert_share": 0.2, "clip_low": 0.2, "clip_high": 0.2, "advantage": "grpo", "seed": 0}
     assert {name: getattr(EGSPOConfig(), name) for name in spec} == spec
@@ -357,6 +407,29 @@ def test_imitation_stops_at_its_accuracy_on_the_rewarded_task(monkeypatch, tmp_p
     assert len(again.run(checkpoint=tmp_path)) == 20 and same_weights(again.model, run.model)
 
 
+def test_a_folder_of_another_recipe_is_refused_before_anything_is_written(tmp_path):
+    cfg = {"sft_steps": 20, "sft_until": 0.9, "rl_steps": 2}
+    run = fresh(**cfg)
+    expected = run.run(checkpoint=tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    for name, value, was in (("sft_steps", 30, 20), ("sft_steps", 10, 20), ("sft_until", 1.0, 0.9), ("sft_until", 0.01, 0.9), ("phi", 0.2, 0.1)):
+        with pytest.raises(ValueError, match=rf"recipe\.pt has {name} = {was}, this run has {value}"):
+            fresh(**(cfg | {name: value})).run(checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"recipe\.pt has task = 'copysum-2-2 after copysum-2-2\+copylist-2-2', this run has 'copysum-2-2'"):
+        EGSPORecipe(copy.deepcopy(learned()), TOK, COURSE.task, run.cfg).run(checkpoint=tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    again, longer = fresh(**cfg), fresh(**(cfg | {"rl_steps": 3}))
+    assert same(again.run(checkpoint=tmp_path), expected) and same_weights(again.model, run.model)
+    assert len(longer.run(checkpoint=tmp_path)) == len(expected) + 1, "more steps of the last stage go on"
+
+
+def test_a_folder_whose_imitation_alone_was_longer_is_refused(tmp_path):
+    fresh(sft_steps=20, rl_steps=0).run(checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"has sft_steps = 20, this run has 10"):
+        fresh(sft_steps=10).run(checkpoint=tmp_path)
+    assert not (tmp_path / "trainer.pt").exists()
+
+
 def test_stages_may_be_left_out():
     history = fresh(sft_steps=0, rl_steps=2).run()
     assert history.column("stage").tolist() == [1, 3, 3] and history.rows[0]["step"] == 0
@@ -379,8 +452,17 @@ CHILD = """
 def wait_for(path, process, seconds=180.0):
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"{path.name} did not appear: {process.communicate()[1]}")
         time.sleep(0.002)
+
+
+def test_waiting_ends_although_the_child_lives(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stderr=subprocess.PIPE, text=True)
+    with pytest.raises(pytest.fail.Exception, match="never did not appear"):
+        wait_for(tmp_path / "never", child, seconds=0.05)
+    assert child.returncode == -signal.SIGKILL
 
 
 def test_a_process_killed_in_any_stage_goes_on_bit_by_bit(tmp_path):
@@ -425,9 +507,9 @@ class Interrupting(CopySum):
 def test_ctrl_c_stops_after_the_step_in_both_parts(tmp_path):
     task, before = Interrupting(2, 2), signal.getsignal(signal.SIGINT)
     Interrupting.left = 10  # of about 24 problems in stage 1; the others are lists
-    with pytest.raises(KeyboardInterrupt, match="stopped after step [2-9]$"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step [2-9]\n"):
         fresh(task).run(checkpoint=tmp_path)
-    assert [f.name for f in tmp_path.iterdir()] == ["sft.pt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["recipe.pt", "sft.pt"]
     fresh(task, rl_steps=0).run(checkpoint=tmp_path)
     Interrupting.left = 8 + 3 + 3 + 2  # evaluation after stage 1, problems and experts of the first step, problems of the second
     with pytest.raises(KeyboardInterrupt, match="stopped after step 2"):
@@ -437,6 +519,47 @@ def test_ctrl_c_stops_after_the_step_in_both_parts(tmp_path):
     Interrupting.left = -1
     later, whole = fresh(task), fresh(task)
     assert same(later.run(checkpoint=tmp_path), whole.run()) and same_weights(later.model, whole.model)
+
+
+def test_the_same_object_goes_on_after_ctrl_c_in_the_last_stage(tmp_path):
+    task = Interrupting(2, 2)
+    whole, Interrupting.left = fresh(task), 10**9
+    fresh(task, rl_steps=0).run()
+    asked = 10**9 - Interrupting.left + 3 + 3 + 1  # stage 1, problems and experts of the first step, problems of the second
+    expected = whole.run()
+    for place in ({"checkpoint": tmp_path}, {}):
+        run, Interrupting.left = fresh(task), asked
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 2"):
+            run.run(**place)
+        assert same(run.run(**place), expected) and same_weights(run.model, whole.model)
+        assert same(run.run(**place), expected), "made already"
+
+
+def test_the_same_object_goes_on_in_stage_1_only_from_a_state(tmp_path):
+    task = Interrupting(2, 2)
+    whole, run = fresh(task), fresh(task)
+    Interrupting.left = 10
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step [2-9]\n") as stopped:
+        run.run(checkpoint=tmp_path)
+    assert stopped.value.__notes__ == [f"the state is in {tmp_path / 'sft.pt'}"]
+    Interrupting.left = -1
+    assert same(run.run(checkpoint=tmp_path), whole.run()) and same_weights(run.model, whole.model)
+    lost, Interrupting.left = fresh(task), 10
+    with pytest.raises(KeyboardInterrupt, match="stopped after step") as stopped:
+        lost.run()
+    assert stopped.value.__notes__ == ["the state is lost (no checkpoint)"]
+    Interrupting.left = -1
+    for place in ({}, {"checkpoint": tmp_path / "new"}):
+        with pytest.raises(RuntimeError, match="stage 1 broke off and no state of it is stored: make a new recipe from the start weights"):
+            lost.run(**place)
+
+
+def test_the_example_of_the_help_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for example in doctest.DocTestParser().get_examples(EGSPORecipe.__doc__):
+        exec(example.source, found)  # noqa: S102
+    assert len(found["history"]) == 12 and found["history"].column("stage").tolist() == [1] * 10 + [3] * 2
 
 
 # ---- evaluation ----
@@ -477,6 +600,8 @@ def test_evaluation_refuses_what_has_no_interval():
         evaluate(learned(), TOK, [Problem("1+1=", "2"), Problem("1+2=", "3")])
     with pytest.raises(ValueError, match="n must be an integer >= 1, got 0"):
         evaluate(learned(), TOK, problems, n=0)
+    with pytest.raises(ValueError, match=r"n must be an integer >= 1, got 2\.5"):
+        evaluate(learned(), TOK, problems, n=2.5)
 
 
 def test_files_and_a_transformers_checkpoint_go_through_all_stages(tmp_path):

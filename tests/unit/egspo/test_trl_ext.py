@@ -174,6 +174,18 @@ def test_the_gate_stays_at_the_policy_that_sampled(tmp_path):
     assert moved > 0
 
 
+def test_old_log_probabilities_without_entropies_end_the_run(tmp_path, monkeypatch):
+    made = GRPOTrainer._generate_and_score_completions
+
+    def elsewhere(self, inputs):
+        batch = made(self, inputs)
+        return batch | {"old_per_token_logps": batch["old_per_token_logps"].clone()}
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", elsewhere)
+    with pytest.raises(RuntimeError, match="gives no entropies, so the gate can't be kept fixed"):
+        trainer(tmp_path, num_iterations=2)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_used_once_is_gated_by_the_pass_of_its_loss(tmp_path, accumulate):
     kept = trainer(tmp_path, Kept, max_steps=1, gradient_accumulation_steps=accumulate, per_device_train_batch_size=16 // accumulate)

@@ -1,4 +1,5 @@
 """The gated loss inside verl: its weights and the way to the entropies, and, where an environment has verl, its own actor loss."""
+import functools
 import importlib
 import importlib.util
 import json
@@ -106,6 +107,13 @@ def test_weights_are_those_of_a_loop_whatever_stands_on_masked_tokens(seed):
     assert all(torch.equal(dirty[k].nan_to_num(9), x.nan_to_num(9)) for k, x in copies.items())
 
 
+def test_an_entropy_far_below_zero_is_refused_and_garbage_on_masked_tokens_is_not():
+    entropy = torch.tensor([[-5.0, 1.0]])
+    with pytest.raises(ValueError, match=r"entropy must be non-negative \(got min -5\)"):
+        _weigh(entropy, torch.zeros(1, 2), torch.ones(1, 2), 0.1, 0.4)
+    assert _weigh(entropy, torch.zeros(1, 2), torch.tensor([[0, 1]]), 0.1, 0.4)[0].tolist() == [[0.0, 1.0]]
+
+
 def test_rounding_below_zero_counts_as_zero():
     weight, _ = _weigh(torch.tensor([[-4e-6, 0.0, 1.0]]), torch.zeros(1, 3), torch.ones(1, 3), 0.1, 0.4)
     assert weight.tolist() == [[1.0, 1.0, 1.0]]
@@ -145,6 +153,13 @@ def test_install_registers_and_wraps_once(verl):
     install()
     assert verl.registry["egspo"] is _policy_loss and verl.losses.ppo_loss.__wrapped__ is verl.ppo_loss
     assert sys.modules["verl.workers.engine_workers"].ppo_loss is verl.losses.ppo_loss
+
+
+def test_somebody_elses_wrapper_does_not_keep_ours_out(verl):
+    verl.losses.ppo_loss = functools.wraps(verl.ppo_loss)(lambda *args: verl.ppo_loss(*args))
+    theirs = verl.losses.ppo_loss
+    install()
+    assert verl.losses.ppo_loss is not theirs and verl.losses.ppo_loss.__wrapped__ is theirs
 
 
 def test_other_losses_pass_through_untouched_and_missing_entropies_are_named(verl):

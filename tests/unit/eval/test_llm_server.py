@@ -298,6 +298,15 @@ def test_a_server_that_was_left_answers_nobody_and_does_not_wait_for_what_hangs(
     assert len(met) == 1 and time.monotonic() - start < 20
 
 
+def test_a_connection_that_was_kept_open_is_not_served_after_the_end():
+    with ChatServer(llm._Echo()) as server:
+        chat = OpenAIChat(model="local", base_url=server.base_url, max_retries=0)
+        chat.generate([ask("a")])
+    with pytest.raises(ChatError):
+        chat.generate([ask("b")])
+    assert server.billed == TokenUsage(8, 1)
+
+
 @pytest.mark.parametrize("fault", ["explode", 200, 600, 3.5, True])
 def test_an_unknown_fault_is_refused(fault):
     with pytest.raises(ValueError, match=f"faults are None, 400 to 599, 'hang', 'cut' or 'garbage', got {fault!r}"):

@@ -130,6 +130,7 @@ def test_a_stop_string_may_span_tokens_and_characters_of_many_bytes(chat, monkey
     monkeypatch.setattr(llm, "_Draw", Forced)
     reply = chat.generate([ask("x", max_tokens=60, stop=("大 t", "never"))])[0]
     assert (reply.text, reply.finish_reason) == ("one 大", "stop")
+    assert reply.usage.completion_tokens == len("one 大大 t".encode())
     steps = iter(range(100))
     assert chat.generate([ask("x", max_tokens=60)])[0].text == "one 大大 two 大 three"
 
@@ -199,6 +200,8 @@ def test_a_model_that_sees_answers_about_pictures_batched_as_alone(seeing):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in range(3)]
     requests = [show("what?" * (1 + i), *pictures[: i % 3], max_tokens=12, temperature=float(i % 2), seed=i, logprobs=1) for i in range(6)]
+    groups = [{i % 3 for i in batch} for batch in seeing._batches(requests)]
+    assert all(len(counts) == 1 for counts in groups)  # not every processor takes ragged lists of pictures
     together = seeing.generate([*requests, ask("no picture", max_tokens=5)])
     assert [outcome(seeing.generate([r])[0]) for r in requests] == [outcome(r) for r in together[:6]]
     swapped = seeing.generate([dataclasses.replace(requests[1], messages=show("what?what?", pictures[1]).messages)])[0]

@@ -2,6 +2,7 @@
 import copy
 import csv
 import functools
+import hashlib
 import json
 import math
 import os
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from jaxtyping import config
 
 from collai.core.tinylm import TinyLM
@@ -32,9 +35,18 @@ from collai.rl.train import (
     greedy_accuracy,
     sft,
     warm_start,
+    weights_hash,
 )
 
 TIMELESS = [name for name in COLUMNS if name != "seconds"]
+
+
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """A shell that starts tests in the background lets them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -150,7 +162,9 @@ def test_a_history_survives_its_files(tmp_path):
     ({"options": {"foo": 1}}, "unknown otb option 'foo', use one of 'weighting', 'align'"),
     ({"estimator": "rloo", "options": {"foo": 1}}, "unknown rloo option 'foo': rloo has none"),
     ({"options": {"energy": 1}}, "unknown otb option 'energy'"), ({"options": {"weighting": "best"}}, "unknown weighting 'best'"),
-    ({"options": None}, "options of otb must be a mapping of keywords, got None")])
+    ({"options": None}, "options of otb must be a mapping of keywords, got None"),
+    ({"lr": "1e-4"}, "lr must be a number, got '1e-4'"), ({"grad_clip": None}, "grad_clip must be a number, got None"),
+    ({"lr": True}, "lr must be a number, got True"), ({"lr": math.nan}, "lr must be positive, got nan")])
 def test_settings_are_refused_with_their_value(settings, text):
     with pytest.raises(ValueError, match=text):
         TrainConfig(**settings)
@@ -311,32 +325,37 @@ def test_a_killed_process_goes_on_bit_by_bit(tmp_path):
     """SIGKILL as soon as a state is there, while the run works on; what is left is a whole state."""
     process = child(tmp_path, 100_000)
     wait_for(tmp_path / "trainer.pt", process)
-    time.sleep(0.05)
-    process.kill()
-    process.communicate()
+    try:
+        with pytest.raises(RuntimeError, match=r"another run is using .*trainer\.pt"):
+            trainer(n=3, lr=0.5).run(2, checkpoint=tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
     (tmp_path / "trainer.pt.1.new").write_bytes(b"half a file")
     done = len(torch.load(tmp_path / "trainer.pt", weights_only=True)["rows"])
     assert done >= 2 and done % 2 == 0
     later, whole = trainer(n=3), trainer(n=3)
     assert same(later.run(done + 3, checkpoint=tmp_path), whole.run(done + 3)) and same_weights(later.model, whole.model)
+    assert [f.name for f in tmp_path.iterdir()] == ["trainer.pt"], "what the kill left half written is gone"
     stored = torch.load(tmp_path / "trainer.pt", weights_only=True)
     for name, state in whole.optimizer.state_dict()["state"].items():
         assert all(torch.equal(x, stored["optimizer"]["state"][name][key]) for key, x in state.items())
 
 
-def test_a_write_that_breaks_leaves_the_old_state(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_write_that_breaks_leaves_the_old_state(tmp_path, monkeypatch, kind):
     run = trainer(n=3)
     run.run(2, checkpoint=tmp_path)
     before = (tmp_path / "trainer.pt").read_bytes()
 
     def broken(state, stream):
         stream.write(b"half")
-        raise OSError("disk full")
+        raise kind("disk full")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"the state could not be written \(disk full\): .*trainer\.pt'"):
         run.run(4, checkpoint=tmp_path)
-    assert (tmp_path / "trainer.pt").read_bytes() == before
+    assert (tmp_path / "trainer.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     monkeypatch.undo()
     later, whole = trainer(n=3), trainer(n=3)
     assert same(later.run(4, checkpoint=tmp_path), whole.run(4))
@@ -352,10 +371,10 @@ def test_ctrl_c_stops_after_the_step_and_stores_it(tmp_path):
     settings = {"n": 3, "prompts_per_step": 2, "eval_every": 50, "lr": 1e-2}
     model, tok, task = half_right()
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3") as stopped:
         Interrupted(model, tok, task, TrainConfig(**settings)).run(9, checkpoint=tmp_path)
-    assert signal.getsignal(signal.SIGINT) is before
-    whole, later = trainer(**settings, eval_prompts=128), trainer(**settings, eval_prompts=128)
+    assert signal.getsignal(signal.SIGINT) is before and stopped.value.__notes__ == [f"the state is in {tmp_path / 'trainer.pt'}"]
+    whole, later = trainer(**settings, eval_prompts=128), Interrupted(*half_right(), TrainConfig(**settings))
     assert len(torch.load(tmp_path / "trainer.pt", weights_only=True)["rows"]) == 3
     assert same(later.run(5, checkpoint=tmp_path), whole.run(5)) and same_weights(later.model, whole.model)
 
@@ -382,6 +401,152 @@ def test_runs_in_a_thread_too():
     thread.start()
     thread.join()
     assert len(found[0]) == 1
+
+
+class Judged(Trainer):
+    """What happens while step 4 is evaluated is up to the test."""
+
+    judge = staticmethod(lambda: None)
+
+    def evaluate(self):
+        if len(self.history) == 3:
+            self.judge()
+        return super().evaluate()
+
+
+def judged(judge=None, **settings):
+    run = Judged(*half_right(), trainer(n=3, **settings).cfg)
+    run.judge = judge or run.judge
+    return run
+
+
+def unanswered():
+    raise TimeoutError("the judge did not answer")
+
+
+def pressed_twice():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("judge", "error"), [(unanswered, TimeoutError), (pressed_twice, KeyboardInterrupt)])
+def test_a_step_that_broke_off_is_made_again_from_the_stored_state_or_not_at_all(tmp_path, judge, error):
+    whole, first, later, bare = judged(), judged(judge), judged(judge), judged(judge)
+    expected = whole.run(7)
+    with pytest.raises(error):
+        first.run(7, checkpoint=tmp_path)
+    first.judge = whole.judge
+    assert len(first.history) == 3 and same(first.run(7, checkpoint=tmp_path), expected), "back to the state of step 2"
+    assert same_weights(first.model, whole.model)
+    later.run(3)
+    with pytest.raises(error):
+        later.run(7)
+    later.judge = whole.judge
+    assert same(later.run(7, checkpoint=tmp_path), expected) and same_weights(later.model, whole.model)
+    with pytest.raises(error):
+        bare.run(7)
+    bare.judge = whole.judge
+    for place in ({}, {"checkpoint": tmp_path / "empty"}):
+        with pytest.raises(RuntimeError, match="step 4 broke off, so the weights lie between two steps: pass the checkpoint"):
+            bare.run(7, **place)
+
+
+def test_a_failure_before_the_update_changes_nothing():
+    class Flaky(Trainer):
+        asked = 0
+
+        def sample(self, step):
+            self.asked += 1
+            if self.asked == 3:
+                raise TimeoutError
+            return super().sample(step)
+
+    run = Flaky(*half_right(), trainer(n=3).cfg)
+    with pytest.raises(TimeoutError):
+        run.run(5)
+    assert same(run.run(5), trainer(n=3).run(5))
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert len(judged(pressed_twice).run(5)) == 5 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_run_in_the_folder_is_told_so(tmp_path):
+    (model, tok, task), text = half_right(), r"another run is using .*{}\.pt: wait until it ends, or use another folder"
+    with FileLock(tmp_path / "sft.pt.lock"), pytest.raises(RuntimeError, match=text.format("sft")):
+        sft(model, tok, task, steps=1, checkpoint=tmp_path)
+    with FileLock(tmp_path / "trainer.pt.lock"), pytest.raises(RuntimeError, match=text.format("trainer")):
+        trainer().run(1, checkpoint=tmp_path)
+    assert len(trainer().run(1, checkpoint=tmp_path)) == 1
+    assert {f.name for f in tmp_path.iterdir()} == {"sft.pt.lock", "trainer.pt"}
+
+
+def test_a_folder_that_cannot_be_used_is_noticed_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = trainer()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"no checkpoint can be kept here \(.*file"):
+            run.run(2, checkpoint=folder)
+        with pytest.raises(OSError, match="no checkpoint can be kept here"):
+            sft(run.model, run.tok, run.task, steps=1, checkpoint=folder)
+    assert len(run.history) == 0 and same_weights(run.model, half_right()[0])
+
+
+def test_a_checkpoint_knows_the_weights_it_started_from(tmp_path):
+    task, (model, tok, _) = ChainSum(2, 3), half_right()
+    trainer(n=3).run(3, checkpoint=tmp_path)
+    sft(model, tok, task, steps=3, batch=8, checkpoint=tmp_path)
+    large = TinyLM(len(tok), hidden=32, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16)
+    for other in (small(task, seed=5)[0], large):
+        before = copy.deepcopy(other)
+        with pytest.raises(ValueError, match=r"trainer\.pt belongs to other start weights \(.*hand over those that the run began"):
+            trainer(n=3, model=other).run(3, checkpoint=tmp_path)
+        with pytest.raises(ValueError, match=r"sft\.pt belongs to other start weights"):
+            sft(other, tok, task, steps=3, batch=8, checkpoint=tmp_path)
+        assert same_weights(other, before)
+
+
+def test_weights_that_are_the_stored_ones_go_on(tmp_path):
+    """As in a notebook, where the cell that makes the trainer is run once more on the same model."""
+    model = half_right()[0]
+    whole = trainer(n=3)
+    expected = whole.run(7)
+    for steps in (3, 3, 5, 7):
+        history = trainer(n=3, model=model).run(steps, checkpoint=tmp_path)
+    assert same(history, expected) and same_weights(model, whole.model)
+    assert same(trainer(n=3).run(7, checkpoint=tmp_path), expected), "the start is still known"
+    model.lm_head.weight.data += 1
+    with pytest.raises(ValueError, match="other start weights"):
+        trainer(n=3, model=model).run(7, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_of_another_trainer_or_of_an_earlier_version_is_refused(tmp_path):
+    trainer(n=3).run(2, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"trainer\.pt has trainer = 'Trainer', this run has 'Judged'"):
+        judged().run(3, checkpoint=tmp_path)
+    (model, tok, task), options = half_right(), {"steps": 2, "batch": 4, "checkpoint": tmp_path}
+    sft(model, tok, task, **options)
+    for name in ("trainer.pt", "sft.pt"):
+        stored = torch.load(tmp_path / name, weights_only=True)
+        del stored["settings"]["trainer"], stored["settings"]["start"]
+        torch.save(stored, tmp_path / name)
+    with pytest.raises(ValueError, match=r"trainer\.pt does not say its trainer, so an earlier version wrote it: remove it"):
+        trainer(n=3).run(3, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"sft\.pt does not say its trainer"):
+        sft(half_right()[0], tok, task, **options)
+
+
+def test_the_hash_of_weights_is_that_of_their_bytes():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).requires_grad_(False)
+    told = hashlib.sha256(b"".join(w.numpy().tobytes() for w in model.state_dict().values())).hexdigest()
+    assert weights_hash(model) == told
+    assert weights_hash(copy.deepcopy(model).to(torch.bfloat16)) != told
+    model[1].num_batches_tracked += 1
+    assert weights_hash(model) != told, "buffers count"
 
 
 @pytest.mark.parametrize(("change", "text"), [({"lr": 0.5}, r"has lr = 0\.01, this run has 0\.5"), ({"seed": 1}, "has seed = 0"),
@@ -424,9 +589,49 @@ def test_a_broken_state_is_named_by_its_path(tmp_path, content):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-def test_negative_steps_are_refused():
-    with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
-        trainer().run(-1)
+@pytest.mark.parametrize("steps", [-1, "3", 1.5, None])
+def test_steps_that_are_no_number_are_refused(steps):
+    model, tok, task = half_right()
+    with pytest.raises(ValueError, match=f"steps must be an integer >= 0, got {steps!r}"):
+        trainer().run(steps)
+    with pytest.raises(ValueError, match=f"steps must be an integer >= 0, got {steps!r}"):
+        sft(model, tok, task, steps=steps)
+
+
+def test_a_list_of_problems_is_no_task():
+    model, tok, _ = half_right()
+    problems = [Problem("1+2=", "3", "3.")]
+    for call in (lambda: Trainer(model, tok, problems, TrainConfig()), lambda: sft(model, tok, problems, steps=1)):
+        with pytest.raises(TypeError, match=r"this list has no key \(a list of problems becomes a task by PromptTask\(problems"):
+            call()
+
+
+def test_a_prior_is_cut_to_the_step_and_must_cover_the_longest_answer():
+    task = ChainSum(2, 3)
+    prior = torch.linspace(0.1, 0.9, task.max_new + 2)
+    run, loose = (trainer(n=3, options={"prior": p, "prior_strength": 2.0}) for p in (prior, prior[:task.max_new]))
+    batch = run.sample(1)
+    width = batch.mask.shape[1]
+    direct = get_advantage("otb")(batch.rewards, batch.mask, batch.uid, batch.energy, prior=prior[:width], prior_strength=2.0)
+    assert width < len(prior) and torch.equal(run.advantages(batch), direct.advantages)
+    assert same(run.run(3), loose.run(3)) and len(run.cfg.options["prior"]) == len(prior)
+    with pytest.raises(ValueError, match=f"prior has 3 columns, max_new of the task is {task.max_new}: it must cover"):
+        trainer(options={"prior": prior[:3], "prior_strength": 2.0})
+
+
+def test_an_optimiser_on_16_bit_weights_is_worth_a_warning():
+    model, tok, task = half_right()
+    short = copy.deepcopy(model).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"changes torch\.bfloat16 weights: .*load the policy with dtype=torch\.float32"):
+        trainer(model=short).run(1)
+    with pytest.warns(UserWarning, match=r"changes torch\.bfloat16 weights"):
+        sft(short, tok, task, steps=1, batch=4)
+    mixed = copy.deepcopy(model)
+    mixed.base_model.to(torch.bfloat16).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(mixed, tok, task, TrainConfig()).run(0)
+        trainer().run(1)
 
 
 # ---- the start ----
@@ -452,7 +657,7 @@ def test_an_imitation_that_is_stopped_anywhere_goes_on_bit_by_bit(tmp_path, monk
     (whole, tok), (cut, _) = small(task), small(task)
     losses = sft(whole, tok, task, steps=25, **options)
     assert np.array_equal(sft(cut, tok, task, steps=7, checkpoint=tmp_path, **options), losses[:7])
-    again = small(task, seed=9)[0]  # other weights: all comes from the file
+    again = small(task)[0]
     drawn, demonstrated = [], train.demonstration_logps
 
     def stopping(*args):
@@ -464,12 +669,29 @@ def test_an_imitation_that_is_stopped_anywhere_goes_on_bit_by_bit(tmp_path, monk
     monkeypatch.setattr(train, "demonstration_logps", stopping)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 13"):
         sft(again, tok, task, steps=25, checkpoint=tmp_path, **options)
-    last = small(task, seed=8)[0]
+    last = small(task)[0]
     assert np.array_equal(sft(last, tok, task, steps=25, checkpoint=tmp_path, **options), losses) and len(drawn) == 6 + 12
     assert same_weights(last, whole)
     assert np.array_equal(sft(small(task)[0], tok, task, steps=25, checkpoint=tmp_path, **options), losses) and len(drawn) == 18
     with pytest.raises(ValueError, match=r"has batch = 8, this run has 9"):
         sft(last, tok, task, steps=25, checkpoint=tmp_path, batch=9, seed=2)
+
+
+def test_an_imitation_takes_numbers_of_numpy(tmp_path):
+    task, plain = ChainSum(2, 3), {"batch": 8, "lr": 0.25, "seed": 2}
+    config.update("jaxtyping_disable", True)  # annotations say int and float
+    try:
+        given = {"batch": np.int64(8), "lr": np.float32(0.25), "seed": np.uint8(2)}
+        (whole, tok), (cut, _), (later, _) = small(task), small(task), small(task)
+        losses = sft(whole, tok, task, steps=5, **plain)
+        sft(cut, tok, task, steps=np.int64(3), checkpoint=tmp_path, **given)
+        assert np.array_equal(sft(later, tok, task, steps=5, checkpoint=tmp_path, **given), losses)
+    finally:
+        config.update("jaxtyping_disable", False)
+    for wrong, text in (({"lr": "1e-3"}, "lr must be a number"), ({"batch": 0}, "batch must be an integer >= 1"),
+                        ({"seed": -1}, "seed must be an integer >= 0")):
+        with pytest.raises(ValueError, match=text):
+            sft(later, tok, task, steps=1, **(plain | wrong))
 
 
 def test_an_imitation_that_reached_its_accuracy_stays_there(tmp_path):
