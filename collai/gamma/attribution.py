@@ -22,23 +22,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from ..core.claims import measure_main
+from ..core.parallel import _whole
 from ..eval.stats import resample_counts
 from .design import Design
 
 # %% ../../nbs/gamma/07_attribution.ipynb #6f11dba2
 _MOST_FACTORS = 24
 _MARGIN = math.log(1.02)  # a value inside ±_MARGIN changes Γ by less than 2 %
-
-
-def _whole(name: str, value: SupportsIndex, low: int) -> int:
-    """An integer of at least `low`, or an error with its name and value."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < low:
-        raise ValueError(f"{name} must be >= {low}, got {number}")
-    return number
 
 
 def _factors(shape: tuple[int, ...]) -> int:

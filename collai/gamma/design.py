@@ -19,6 +19,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int, Int8
 
+from ..core.parallel import _whole
+
 # %% ../../nbs/gamma/06_design.ipynb #1f6e56cb
 _MOST_RUNS = 2**20
 _LONGEST_SEARCH = 17  # factors; every odd resolution up to 17 was run to its end
@@ -39,17 +41,6 @@ def _factor_names(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
         if found.count(name) > 1:
             raise ValueError(f"factor {name!r} is named twice")
     return found
-
-
-def _whole(name: str, value: SupportsIndex, low: int) -> int:
-    """An integer of at least `low`, or an error with its name and value."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < low:
-        raise ValueError(f"{name} must be >= {low}, got {number}")
-    return number
 
 # %% ../../nbs/gamma/06_design.ipynb #4a39bb34
 def _subsets(k: int, order: int) -> Iterator[tuple[int, ...]]:

@@ -22,19 +22,9 @@ from jaxtyping import Float64, Int8
 from scipy.special import betainc, gammaln, xlog1py, xlogy
 
 from ..core.claims import measure_main
+from ..core.parallel import _whole
 
 # %% ../../nbs/gamma/02_worlds.ipynb #04a9c688
-def _whole(name: str, value: SupportsIndex, low: int) -> int:
-    """Return an integer that is at least `low`, or raise with its name and value."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < low:
-        raise ValueError(f"{name} must be >= {low}, got {number}")
-    return number
-
-
 def _shares(**values: float | int) -> None:
     """Refuse what is no number in [0, 1]."""
     for name, value in values.items():
