@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any, ClassVar
@@ -446,6 +446,24 @@ def _locked(job: _Job, part: Path) -> Iterator[None]:
     finally:
         lock.release()
 
+# %% ../../nbs/core/03_runner.ipynb #3c5e90d1
+@cache
+def _engine() -> str:
+    """Papermill's engine, but the file is written once, at the end: at every cell it costs seconds a notebook."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Once(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, *args: Any, **options: Any) -> Any:
+            path, nb_man.output_path = nb_man.output_path, None
+            try:
+                return super().execute_managed_notebook(nb_man, *args, **options)
+            finally:
+                nb_man.output_path = path  # papermill saves next, also after an error
+
+    papermill_engines.register("collai", Once)
+    return "collai"
+
 # %% ../../nbs/core/03_runner.ipynb #18e467ff
 def _papermill(job: _Job, name: str, part: Path) -> str:
     """Execute a notebook into a file; return the error in words, or nothing."""
@@ -458,7 +476,7 @@ def _papermill(job: _Job, name: str, part: Path) -> str:
     try:
         execute_notebook(str(source), str(part), params, kernel_name="python3", kernel_manager_class=job.manager,
                          resources=place, execution_timeout=job.timeout, progress_bar=False, coalesce_streams=True,
-                         shutdown_kernel="immediate")
+                         shutdown_kernel="immediate", engine_name=_engine())
     except Exception as error:
         return _blame(name, part, error)
     return ""

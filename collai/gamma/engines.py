@@ -479,19 +479,21 @@ def _largest(low: int, high: int, good: Callable[[int], bool]) -> int:
     return low
 
 
-def _sized(backend: Any, request: Request, least: int, limits: Mapping[str, float | int]) -> Request:
-    """Stretch a reply as far as the limits allow, but not below `least`; limits that no reply can keep do not count."""
+def _sized(backend: Any, request: Request, least: int, limits: Mapping[str, float | int],
+           ) -> tuple[Request, Usage]:
+    """Stretch a reply as far as the limits allow, but not below `least`; with its bound. Limits that none can keep do not count."""
     high = backend.bound(request)
     if _within(high, limits):
-        return request
+        return request, high
     small = replace(request, max_tokens=min(least, request.max_tokens))
     low = backend.bound(small)
     grows = {name: limit for name, limit in limits.items() if getattr(high, name) > getattr(low, name)}
     if not _within(low, grows):
-        return small
+        return small, low
     size = _largest(small.max_tokens, request.max_tokens,
                     lambda m: _within(backend.bound(replace(request, max_tokens=m)), grows))
-    return replace(request, max_tokens=size)
+    request = replace(request, max_tokens=size)
+    return request, backend.bound(request)
 
 # %% ../../nbs/gamma/04_engines.ipynb #f802a9da
 _RESOURCES = ("tokens", "prompt_tokens", "completion_tokens", "calls", "usd", "seconds", "flops")
@@ -518,9 +520,9 @@ class _Desk:
 
     def book(self, backend: Any, request: Request, share: float | int = 1.0, whole: float | int = 1.0) -> _Call | None:
         """Pay for a call, stretched to its share of what is left; None if the pool can't."""
-        request = _sized(backend, request, self.least, self.left(share, whole))
+        request, most = _sized(backend, request, self.least, self.left(share, whole))
         try:
-            held = self.reserve(backend.bound(request), str(request.agent), f"{request.role}, round {request.round}")
+            held = self.reserve(most, str(request.agent), f"{request.role}, round {request.round}")
         except BudgetExceeded as short:
             self.short = self.short or short
             return None
@@ -1062,8 +1064,8 @@ def _hold(team: _Team) -> Any:
     for words in _halvings(c):
         if _within(team.chief.bound(_closing(team, words, least)), grows):
             break
-    request = _sized(team.chief, _closing(team, words, c.max_tokens), c.min_tokens, limits)
-    return team.desk.reserve(team.chief.bound(request), "aggregator", c.aggregator)
+    _, most = _sized(team.chief, _closing(team, words, c.max_tokens), c.min_tokens, limits)
+    return team.desk.reserve(most, "aggregator", c.aggregator)
 
 
 def _paid(team: _Team, hold: Any, candidate: str = "") -> _Call | None:
@@ -1072,7 +1074,7 @@ def _paid(team: _Team, hold: Any, candidate: str = "") -> _Call | None:
     limits = {name: float(getattr(hold.usage, name)) for name in _RESOURCES}
     for words in _halvings(c):
         if _within(team.chief.bound(_closing(team, words, least, candidate)), limits):
-            request = _sized(team.chief, _closing(team, words, c.max_tokens, candidate), least, limits)
+            request, _ = _sized(team.chief, _closing(team, words, c.max_tokens, candidate), least, limits)
             return _Call(team.chief, request, hold)
     return None
 

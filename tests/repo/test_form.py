@@ -91,6 +91,8 @@ def test_nothing_in_the_file_changes_from_run_to_run(notebook):
     assert not full, f"cells {full} are tagged volatile, their outputs must be empty: make refresh does it"
     injected = [c.index for c in code if "injected-parameters" in c.tags]
     assert not injected, f"papermill's cell {injected} must not be committed: make refresh drops it"
+    addresses = [c.index for c in code if re.search(r" at 0x[0-9a-f]{6}", "".join(str(o.get("data", o.get("text"))) for o in c.outputs))]
+    assert not addresses, f"outputs of cells {addresses} show a memory address: end the cell with ';' or plt.show()"
 
 
 @each_of_paper

@@ -250,11 +250,11 @@ def test_the_surface_direction_scatters_as_its_information_says():
     rng, codes, centre = np.random.default_rng(0), dft(36), RIS.mean(0)
     rho, u, steps = np.linalg.norm(POINTS[0] - centre), unit(POINTS[0] - centre), []
     clean = module._echo(POINTS[:1], RIS, RX_POS, codes, WAVELENGTH)[:, 0]
-    for _ in range(150):
+    for _ in range(60):
         z = clean + complex_normal((36,), rng)
         found, info = module._surface_ray(z, 1.0, u, rho, RIS, RX_POS, codes, WAVELENGTH)
         steps.append((found - u) @ info @ (found - u))
-    low, high = chi2.ppf([1e-4, 1 - 1e-4], 300) / 150
+    low, high = chi2.ppf([1e-4, 1 - 1e-4], 120) / 60
     assert low < np.mean(steps) < high
 
 

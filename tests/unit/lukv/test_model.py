@@ -227,15 +227,15 @@ def test_a_tokenizer_is_learnt_from_the_tasks():
 
 def test_the_model_finds_needles_and_exactness_is_what_greedy_decoding_gives(tiny):
     model, tokenizer = tiny[0], load_tokenizer()
-    assert exact_answers(model, tokenizer, "niah_single_1", 512, n=4, seed=5) == 1.0
-    ids, kinds = (torch.from_numpy(a) for a in text_rows("niah_multiquery", 6, 512, tokenizer, np.random.default_rng((5, 512)), dense=0.0))
+    assert exact_answers(model, tokenizer, "niah_single_1", 512, n=2, seed=5) == 1.0
+    ids, kinds = (torch.from_numpy(a) for a in text_rows("niah_multiquery", 3, 512, tokenizer, np.random.default_rng((5, 512)), dense=0.0))
     right = 0
     for row, kind in zip(ids, kinds, strict=True):
         answer = row[kind == ANSWER]
         prompt = row[None, :int((kind == ANSWER).nonzero()[0])]
         said = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False)
         right += torch.equal(said[0, prompt.shape[1]:], answer)
-    assert exact_answers(model, tokenizer, "niah_multiquery", 512, n=6, seed=5) == right / 6
+    assert exact_answers(model, tokenizer, "niah_multiquery", 512, n=3, seed=5) == right / 3
 
 
 def test_what_was_trained_is_written_and_can_be_read(tmp_path, monkeypatch):
