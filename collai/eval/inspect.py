@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from collai.eval.llm import (
-    ChatError,
     ChatRefused,
     Reply,
     Request,
@@ -30,6 +29,7 @@ from collai.eval.llm import (
     _all,
     _noise_seed,
     _prompt_bound,
+    _status_error,
     _wait,
     _wire_content,
 )
@@ -256,10 +256,7 @@ def _reply(output: Any, request: Request, seconds: float) -> Reply:
 def _chat_error(error: Exception) -> Exception:
     """Translate an error that has an HTTP status; others stay what they are."""
     status = getattr(error, "status_code", None)
-    if not isinstance(status, int):
-        return error
-    refused = 400 <= status < 500 and status not in (408, 409, 429)
-    return (ChatRefused if refused else ChatError)(status, False, None, str(error))
+    return _status_error(status, None, str(error)) if isinstance(status, int) else error
 
 # %% ../../nbs/eval/03_inspect.ipynb #b7ca8b78
 class _Asking:
@@ -279,9 +276,11 @@ class _Asking:
         return _reply(output, request, time.perf_counter() - begin)
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         return await _all([self._ask(request) for request in requests])
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         if (home := self._home or _HOME.get()) is None:
             return _wait(self.agenerate(requests))
         loop, context = home
@@ -290,9 +289,11 @@ class _Asking:
         return context.copy().run(asyncio.run_coroutine_threadsafe, self.agenerate(requests), loop).result()
 
     def bound(self, request: Request) -> TokenUsage:
+        """As in `Chat`."""
         return TokenUsage(_prompt_bound(request, None), request.max_tokens)
 
     def identity(self) -> dict[str, Any]:
+        """As in `Chat`."""
         ours, config = getattr(self.model.api, "chat", None), self.model.config
         return {"provider": "inspect", "model": self.name, "config": config.model_dump(mode="json", exclude_none=True),
                 "chat": None if ours is None else ours.identity()}

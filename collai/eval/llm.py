@@ -21,7 +21,6 @@ import math
 import multiprocessing
 import operator
 import os
-import sqlite3
 import tempfile
 import threading
 import time
@@ -38,13 +37,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from ..core.claims import measure_main
+from ..core.sqlite import SharedFile
 
 # %% ../../nbs/eval/01_llm.ipynb #65aa518d
 def _canonical(x: Any, path: str) -> Any:
     """Turn an object into one that JSON writes in exactly one way; refuse what has no such form."""
     if x is None or isinstance(x, bool | int | str):
         return x
-    if isinstance(x, np.generic):
+    if isinstance(x, np.generic) and x.dtype.kind in "biufS" and x.dtype.char != "g":  # g, G: long double
         return _canonical(x.item(), path)
     if isinstance(x, float) and math.isfinite(x):
         return x
@@ -56,14 +56,16 @@ def _canonical(x: Any, path: str) -> Any:
         return {"$" * key.startswith("$") + key: _canonical(item, f"{path}[{key!r}]") for key, item in x.items()}
     if isinstance(x, bytes):
         return {"$bytes": hashlib.sha256(x).hexdigest()}
-    if isinstance(x, np.ndarray) and not x.dtype.hasobject:
+    if type(x) in (np.ndarray, np.memmap) and x.dtype.kind in "biufcmMSU" and x.dtype.char not in "gG":
         return {"$array": [x.dtype.str, list(x.shape), hashlib.sha256(x.tobytes()).hexdigest()]}
     if is_dataclass(x) and not isinstance(x, type):
         held = {f.name: _canonical(getattr(x, f.name), f"{path}.{f.name}") for f in fields(x)}
         return {"$dataclass": [type(x).__qualname__, held]}
-    if isinstance(x, type | types.FunctionType | types.BuiltinFunctionType) and "<" not in x.__qualname__:
+    free = isinstance(x, types.BuiltinFunctionType) and isinstance(x.__self__, types.ModuleType)
+    if (free or isinstance(x, type | types.FunctionType)) and "<" not in x.__qualname__:
         return {"$function": f"{x.__module__}:{x.__qualname__}"}
-    shown = x if isinstance(x, float) else f"a {'lambda or local function' if callable(x) else type(x).__name__}"
+    kind = "lambda, local function or bound method" if callable(x) else type(x).__name__
+    shown = x if isinstance(x, float) else f"a {kind}"
     raise TypeError(f"{path} is {shown}, which has no canonical form")
 
 # %% ../../nbs/eval/01_llm.ipynb #47dd066e
@@ -73,8 +75,9 @@ def fingerprint(obj: Any) -> str:
     Parameters
     ----------
     obj : object
-        None, bool, int, float, str, bytes, numpy arrays and scalars, named functions and classes, dataclasses, and
-        lists, tuples and dicts (keys: str) of these.
+        None, bool, int, float, str, bytes, numpy scalars, numpy arrays (not structured, no subclass such as a masked
+        one), functions and classes with a name in a module, dataclasses, and lists, tuples and dicts (keys: str) of
+        these.
 
     Returns
     -------
@@ -84,7 +87,8 @@ def fingerprint(obj: Any) -> str:
     Raises
     ------
     TypeError
-        If something has no canonical form (NaN, infinity, sets, lambdas, keys that are not str, …); names the place.
+        If something has no canonical form (NaN, infinity, sets, lambdas, bound methods, long doubles, keys that are
+        not str, …); names the place.
 
     Notes
     -----
@@ -543,17 +547,23 @@ def _still(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+def _settings(model: Any, tokenizer: Any) -> tuple[dict[str, Any], Any]:
+    """Config and chat template."""
+    config = getattr(model, "config", {})
+    config = config if isinstance(config, dict) else config.to_dict()
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    return kept, getattr(tokenizer, "chat_template", None)
+
+
 def _weights_digest(model: Any, tokenizer: Any) -> str:
     """Digest of what decides a local model's replies: config, vocabulary, chat template, weights."""
     import torch
 
-    config = getattr(model, "config", {})
-    config = config if isinstance(config, dict) else config.to_dict()
-    settings = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
     spelled = getattr(tokenizer, "get_vocab", None)
     spell = functools.partial(tokenizer.decode, skip_special_tokens=False)
     words = spelled() if spelled else [spell([i]) for i in range(len(tokenizer))]
-    parts = [settings, words, getattr(tokenizer, "chat_template", None)]
+    settings, template = _settings(model, tokenizer)
+    parts = [settings, words, template]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -584,7 +594,7 @@ class _Local(_Portable):
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
-        self._known: tuple[Any, str] = ((), "")
+        self._known: tuple[list[Any], list[Any], str] = ([], [], "")
         self._sees, self._plain = hasattr(self.tokenizer, "image_processor"), not hasattr(self.model, "generate")
         self._words = self.tokenizer.tokenizer if self._sees else self.tokenizer
         self._decoder = self.model if self._plain else _plain_habits(self.model)
@@ -623,7 +633,9 @@ def _inputs(chat: _Local, requests: Sequence[Request]) -> dict[str, Any]:
         options = {"tools": list(requests[0].tools) or None, "add_generation_prompt": True, "return_dict": True}
         made = chat.tokenizer.apply_chat_template(talks, tokenize=True, processor_kwargs=padding, **options)
         return dict(made.to(weight.device, weight.dtype))
-    rows = [_prompt_ids(chat._words, r) for r in requests if chat._look(r) == 0]
+    for r in requests:
+        chat._look(r)
+    rows = [_prompt_ids(chat._words, r) for r in requests]
     if not all(rows):
         raise ValueError(f"the prompt has no tokens, got {requests[rows.index([])].messages!r}")
     width = max(map(len, rows))
@@ -710,10 +722,21 @@ def _score(self: _Local, messages: Sequence[Mapping[str, Any]], continuation: st
         return logp.gather(1, more["input_ids"].T)[:, 0].cpu().numpy()
 
 # %% ../../nbs/eval/01_llm.ipynb #bfca5d23
+def _glance(model: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """All tensors of a model, and what differs at the next glance if they or the settings were changed."""
+    held = [*model.parameters(), *model.buffers()]
+    seen: list[Any] = [json.dumps(_settings(model, tokenizer), sort_keys=True, default=str)]
+    for x in held:
+        some = x.detach().reshape(-1)[:: x.numel() // 8 + 1].tolist()
+        seen.append((x.data_ptr(), x.dtype, some, object() if x.is_inference() else x._version))
+    return held, seen
+
+
 class _LocalChat(_Local):
     """What `TransformersChat` does as a `Chat`."""
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         replies: dict[int, Reply] = {}
         with self._lock, _still(self.model):
             for batch in self._batches(requests):
@@ -721,17 +744,20 @@ class _LocalChat(_Local):
         return [replies[i] for i in range(len(requests))]
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         return await asyncio.to_thread(self.generate, requests)
 
     def bound(self, request: Request) -> TokenUsage:
+        """As in `Chat`."""
         return TokenUsage(int(_inputs(self, [request])["attention_mask"].sum()), request.max_tokens)
 
     def identity(self) -> dict[str, Any]:
-        weights = itertools.chain(self.model.parameters(), self.model.buffers())
-        versions = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        if self._known[0] != versions:
-            self._known = (versions, _weights_digest(self.model, self._words))
-        return {"provider": "transformers", "model": self.name, "digest": self._known[1]}
+        """As in `Chat`."""
+        (held, seen), (tensors, glance, digest) = _glance(self.model, self._words), self._known
+        if seen != glance or not all(map(operator.is_, held, tensors)):
+            digest = _weights_digest(self.model, self._words)
+            self._known = held, seen, digest
+        return {"provider": "transformers", "model": self.name, "digest": digest}
 
 # %% ../../nbs/eval/01_llm.ipynb #797365ff
 class TransformersChat(_LocalChat):
@@ -832,20 +858,22 @@ def _wire_content(content: Any) -> Any:
     return parts
 
 
-def _wire_request(request: Request, model: str, limit: str) -> dict[str, Any]:
-    """Body of a request; what the protocol takes for granted is left out."""
+def _wire_request(request: Request, model: str, openai: bool) -> dict[str, Any]:
+    """Body of a request; OpenAI's own address names the limit otherwise, and is not told that sampling is plain."""
     r, seed = request, _noise_seed(request)
     talk = [{**m, "content": _wire_content(m["content"])} for m in r.messages]
-    body = {"model": model, "messages": talk, limit: r.max_tokens}
-    optional = {"temperature": (r.temperature, 1.0), "top_p": (r.top_p, 1.0), "stop": (list(r.stop), []),
-                "seed": (seed, None), "tools": (list(r.tools), []), "logprobs": (r.logprobs > 0, False),
-                "top_logprobs": (r.logprobs, 0)}
+    body = {"model": model, "messages": talk, "max_completion_tokens" if openai else "max_tokens": r.max_tokens}
+    usual = 1.0 if openai else None
+    optional: dict[str, Any] = {
+        "temperature": (r.temperature, usual), "top_p": (r.top_p, usual), "stop": (list(r.stop), []),
+        "seed": (seed, None), "tools": (list(r.tools), []), "logprobs": (r.logprobs > 0, False),
+        "top_logprobs": (r.logprobs, 0)}
     return body | {key: value for key, (value, usual) in optional.items() if value != usual}
 
 
 def _prompt_bound(request: Request, tokenizer: Any) -> int:
     """Tokens of the prompt: counted where the tokenizer has a chat template, else bounded (eval.1.3)."""
-    pictures = sum(max(50_000, p.shape[0] * p.shape[1] // 196) for p in _pictures(request))
+    pictures = sum(max(50_000, -(-p.shape[0] // 14) * -(-p.shape[1] // 14)) for p in _pictures(request))
     if getattr(tokenizer, "chat_template", None) is not None:
         return len(_prompt_ids(tokenizer, request)) + pictures
     rest = [request.tools, [{key: m[key] for key in m if key != "content"} for m in request.messages]]
@@ -858,7 +886,7 @@ def _read_reply(raw: bytes, request: Request, tokenizer: Any) -> Reply:
     try:
         data = json.loads(raw)
         choice = data["choices"][0]
-        message, reason = choice["message"], choice["finish_reason"]
+        message, reason = choice["message"], choice.get("finish_reason")
         text = message.get("content") or message.get("refusal") or ""
         if not isinstance(text, str):
             raise TypeError("content must be text")
@@ -877,8 +905,7 @@ def _read_reply(raw: bytes, request: Request, tokenizer: Any) -> Reply:
         raise BadReply(200, None, None, f"no chat completion ({error!r}): {raw[:80]!r}") from None
     if reason == "content_filter":
         raise ChatRefused(200, None, None, "the provider's content filter stopped the reply")
-    if reason not in ("stop", "length", "tool_calls"):
-        raise BadReply(200, None, None, f"unknown finish_reason {reason!r}")
+    reason = reason if reason in ("length", "tool_calls") else "stop"  # servers have words of their own
     return Reply(text, reason, usage, calls, logprobs if request.logprobs else None, str(data.get("model", "")))
 
 # %% ../../nbs/eval/01_llm.ipynb #03963001
@@ -892,6 +919,12 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def _status_error(status: int, retry_after: float | None, message: str) -> ChatError:
+    """Error of an HTTP status: nothing was charged; 4xx is final but for 408, 409 and 429."""
+    final = 400 <= status < 500 and status not in (408, 409, 429)
+    return (ChatRefused if final else ChatError)(status, False, retry_after, message)
+
+
 def _chat_error(error: Any, secret: str) -> ChatError:
     """Translate an error of the `openai` client; the key never gets into the message."""
     import openai
@@ -899,9 +932,7 @@ def _chat_error(error: Any, secret: str) -> ChatError:
     message = f"{error} ({error.__cause__!r})" if error.__cause__ else str(error)
     message = message.replace(secret, "[key]")[:500] if secret else message[:500]
     if isinstance(error, openai.APIStatusError):
-        final = 400 <= error.status_code < 500 and error.status_code not in (408, 409, 429)
-        kind: type[ChatError] = ChatRefused if final else ChatError
-        return kind(error.status_code, False, _retry_after(error.response.headers), message)
+        return _status_error(error.status_code, _retry_after(error.response.headers), message)
     kind = ChatTimeout if isinstance(error, openai.APITimeoutError) else ChatError
     unsent = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
     return kind(None, False if unsent else None, None, message)
@@ -915,7 +946,7 @@ async def _ask(chat: Any, request: Request) -> Reply:
     from openai import OpenAIError
 
     async with chat._turn:
-        body, left, began = _wire_request(request, chat.name, chat._limit), chat.max_retries, time.perf_counter()
+        body, left, began = _wire_request(request, chat.name, chat._openai), chat.max_retries, time.perf_counter()
         while True:
             client = chat._client if left == chat.max_retries else chat._client.with_options(max_retries=left)
             try:
@@ -956,15 +987,19 @@ class _Served:
     tokenizer: Any
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         return _wait(_all(_ask(self, r) for r in requests))
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         return await _there(_all(_ask(self, r) for r in requests))
 
     def bound(self, request: Request) -> TokenUsage:
+        """As in `Chat`."""
         return TokenUsage(_prompt_bound(request, self.tokenizer), request.max_tokens)
 
     def identity(self) -> dict[str, Any]:
+        """As in `Chat`."""
         return {"provider": "openai", "model": self.name}
 
 # %% ../../nbs/eval/01_llm.ipynb #dc6d4316
@@ -1002,15 +1037,15 @@ class OpenAIChat(_Served):
         self.name, self.max_retries, self.tokenizer = model, max_retries, tokenizer
         self._client = _client(base_url, api_key, timeout, max_retries)
         self._turn = asyncio.Semaphore(concurrency)
-        self._limit = "max_completion_tokens" if self._client.base_url.host == "api.openai.com" else "max_tokens"
+        self._openai = self._client.base_url.host == "api.openai.com"
         weakref.finalize(self, _close, self._client).atexit = False
 
     def __reduce__(self) -> Any:
         raise TypeError("OpenAIChat holds a key and connections, it is not pickled: use engine='threads'")
 
 # %% ../../nbs/eval/01_llm.ipynb #3924b149
-_SCHEMA = """CREATE TABLE IF NOT EXISTS replies (source TEXT, request TEXT, reply TEXT, PRIMARY KEY (source, request))
-             WITHOUT ROWID"""
+_TABLES = {"replies": "CREATE TABLE replies (source TEXT, request TEXT, reply TEXT, PRIMARY KEY (source, request)) "
+                      "WITHOUT ROWID"}
 
 
 class ReplayMiss(LookupError):
@@ -1036,6 +1071,7 @@ class _Replayed:
     _identity: dict[str, Any]
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         keys = [fingerprint(r) for r in requests]
         for key, r in zip(keys, requests, strict=True):
             if key not in self._replies:
@@ -1043,12 +1079,15 @@ class _Replayed:
         return [self._replies[key] for key in keys]
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Reply]:
+        """As in `Chat`."""
         return self.generate(requests)
 
     def bound(self, request: Request) -> TokenUsage:
+        """As in `Chat`."""
         return self.generate([request])[0].usage
 
     def identity(self) -> dict[str, Any]:
+        """As in `Chat`."""
         return self._identity
 
 # %% ../../nbs/eval/01_llm.ipynb #cb21dcc4
@@ -1077,54 +1116,59 @@ class ReplayChat(_Replayed):
 
 # %% ../../nbs/eval/01_llm.ipynb #5b199371
 class _Table(_Portable):
-    """The file of a cache: what is written first stays. Opened anew after a fork or an unpickling."""
+    """The file of a cache: what is written first stays."""
 
+    chat: Any
     path: str
-    _owner: int
-
-    def _sql(self, command: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
-            if self._owner != os.getpid():
-                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-                self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-                for setting in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", _SCHEMA):
-                    self._db.execute(setting)
-                self._owner = os.getpid()
-            return self._db.execute(command, values).fetchall()
+    tag: str
+    hits = misses = 0
 
     def _get(self, source: str, key: str) -> Reply | None:
-        rows = self._sql("SELECT reply FROM replies WHERE source = ? AND request = ?", source, key)
+        rows = self._file.rows("SELECT reply FROM replies WHERE source = ? AND request = ?", source, key)
         return _unpack(json.loads(rows[0][0])) if rows else None
 
     def _put(self, source: str, key: str, reply: Reply) -> Reply:
         """Keep a reply unless there is one; return the one that is there."""
         text = json.dumps(_pack(reply))
-        new = self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?) RETURNING 1", source, key, text)
+        new = self._file.rows("INSERT OR IGNORE INTO replies VALUES (?, ?, ?) RETURNING 1", source, key, text)
         return reply if new else self._get(source, key) or reply
 
+    def _source(self) -> str:
+        return fingerprint([self.chat.identity(), self.tag])
+
+    def _look(self, requests: Sequence[Request]) -> tuple[str, list[str], dict[str, Reply], list[tuple[str, Request]]]:
+        source, keys = self._source(), [fingerprint(r) for r in requests]
+        found = {key: reply for key in set(keys) if (reply := self._get(source, key))}
+        missing = [(key, r) for key, r in dict(zip(keys, requests, strict=True)).items() if key not in found]
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
+        return source, keys, found, missing
+
     def _prepare(self) -> None:
-        self._lock, self._owner = threading.Lock(), 0
+        self._file = SharedFile(self.path, "cache", 0, _TABLES)  # no mark: files made by earlier versions have none
 
 # %% ../../nbs/eval/01_llm.ipynb #e28e1de4
 class _Cached(_Table):
     """What `CachedChat` does as a `Chat`."""
 
-    chat: Any
-    tag: str
-    hits = misses = 0
-
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
-        _, keys, found = self._look(requests)
-        if len(found) < len(set(keys)):
-            return _wait(self.agenerate(requests))
-        self.hits += len(keys)
-        return [found[key] for key in keys]
+        """As in `Chat`."""
+        source, keys, found, missing = self._look(requests)
+        return _wait(self._fill(source, keys, found, missing)) if missing else [found[key] for key in keys]
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Reply]:
-        source, keys, found = self._look(requests)
-        missing = [(key, r) for key, r in dict(zip(keys, requests, strict=True)).items() if key not in found]
-        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
+        """As in `Chat`."""
+        return await self._fill(*self._look(requests))
 
+    def bound(self, request: Request) -> TokenUsage:
+        """As in `Chat`."""
+        return self.chat.bound(request)
+
+    def identity(self) -> dict[str, Any]:
+        """As in `Chat`."""
+        return self.chat.identity()
+
+    async def _fill(self, source: str, keys: list[str], found: dict[str, Reply],
+                    missing: list[tuple[str, Request]]) -> list[Reply]:
         async def ask(part: list[tuple[str, Request]]) -> None:
             replies = await self.chat.agenerate([r for _, r in part])
             found.update((key, self._put(source, key, reply)) for (key, _), reply in zip(part, replies, strict=True))
@@ -1132,19 +1176,6 @@ class _Cached(_Table):
         size = getattr(self.chat, "batch_size", 1)
         await _all(ask(missing[at : at + size]) for at in range(0, len(missing), size))
         return [found[key] for key in keys]
-
-    def bound(self, request: Request) -> TokenUsage:
-        return self.chat.bound(request)
-
-    def identity(self) -> dict[str, Any]:
-        return self.chat.identity()
-
-    def _source(self) -> str:
-        return fingerprint([self.chat.identity(), self.tag])
-
-    def _look(self, requests: Sequence[Request]) -> tuple[str, list[str], dict[str, Reply]]:
-        source, keys = self._source(), [fingerprint(r) for r in requests]
-        return source, keys, {key: reply for key in set(keys) if (reply := self._get(source, key))}
 
 # %% ../../nbs/eval/01_llm.ipynb #745b7f52
 def _export(self: Any, path: str | os.PathLike[str]) -> None:
@@ -1155,8 +1186,8 @@ def _export(self: Any, path: str | os.PathLike[str]) -> None:
     path : str or path
         One JSON value a line, ordered by request: equal replies give equal files.
     """
-    head = {"name": self.name, "identity": self.identity()}
-    rows = self._sql("SELECT request, reply FROM replies WHERE source = ? ORDER BY request", self._source())
+    head = {"name": self.chat.name, "identity": self.identity()}
+    rows = self._file.rows("SELECT request, reply FROM replies WHERE source = ? ORDER BY request", self._source())
     lines = [head, *({"request": key, "reply": json.loads(reply)} for key, reply in rows)]
     part = f"{os.fspath(path)}.part"
     Path(part).write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines), encoding="utf-8")
@@ -1179,12 +1210,16 @@ class CachedChat(_Cached):
     ----------
     hits, misses : int
         Requests that were answered from the file, and that were not.
+
+    Raises
+    ------
+    ValueError
+        If the file is no cache; it is left as it is.
     """
 
     def __init__(self, chat: Any, path: str | os.PathLike[str], tag: str = "") -> None:
         self.chat, self.name, self.path, self.tag = chat, chat.name, os.fspath(path), tag
         self._prepare()
-        self._sql("SELECT 1")
 
     export = _export
 
@@ -1522,6 +1557,96 @@ def _measure_local(device: str, rows: int = 8) -> list[dict[str, Any]]:
                              peer_name="generate alone", batch=rows))
     return made
 
+# %% ../../nbs/eval/01_llm.ipynb #b26f8ca1
+def _greedy_step(model: Any, ids: Any, room: int) -> tuple[Callable[[], None], Any]:
+    """Read a text (1, n): a call that adds a greedy token and changes no shape; all tokens (1, room), 0 to come."""
+    import torch
+    from transformers import StaticCache
+
+    n, device, low = ids.shape[1], ids.device, torch.finfo(model.dtype).min
+    cache, place = StaticCache(config=model.config, max_cache_len=room), torch.arange(room, device=device)
+    said, position = torch.zeros((1, room), dtype=torch.int64, device=device), torch.full((1, 1), n, device=device)
+    said[:, :n] = ids
+    said[:, n] = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(dim=-1)
+
+    def step() -> None:
+        mask = (place > position)[None, None].to(model.dtype) * low
+        seen = model(said.gather(1, position), attention_mask=mask, position_ids=position, past_key_values=cache,
+                     use_cache=True)
+        position.add_(1)
+        said.scatter_(1, position, seen.logits[:, -1].argmax(dim=-1, keepdim=True))
+
+    return step, said
+
+
+def _graphed(step: Callable[[], None]) -> Callable[[], None]:  # pragma: no cover
+    """Record a step as a CUDA graph, after three ordinary ones; the call that replays it."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+# %% ../../nbs/eval/01_llm.ipynb #c370adb2
+def _measure_decode(new: int = 40, rounds: int = 5) -> dict[str, Any]:  # pragma: no cover
+    """Steps a second of one request as a share of (eval.1.5); the peer is plain `generate`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                         num_attention_heads=32, num_key_value_heads=4, bos_token_id=None, eos_token_id=None)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        ids = torch.randint(0, 32_000, (1, 32))
+    limit = 4.8e12 / (2 * sum(weight.numel() for weight in model.parameters()))
+    habits = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
+    plain = functools.partial(model.generate, ids, **habits)
+    rates, gaps = {"generate": _rate(plain, 1, new, rounds)}, {}
+    for name in ("graph", "compiled graph"):
+        if name == "compiled graph":
+            model.set_attn_implementation("eager")  # plain products, for the compiler to fuse
+        with torch.no_grad():
+            step, said = _greedy_step(model, ids, 40 + (rounds + 1) * new)
+            if name == "compiled graph":  # products of one row become sums that fuse with what stands around them
+                step = torch.compile(step, options={"coordinate_descent_tuning": True})
+            rates[name] = _rate(_graphed(step), new, 1, rounds)
+            gaps[name] = _worst_gap(model, said[:, : 36 + (rounds + 1) * new], 32)
+    best = max(gaps, key=lambda name: float(np.median(rates[name])))
+    low, middle, high = (float(x) / limit for x in np.quantile(rates[best], (0, 0.5, 1)))
+    return {"name": "llm/decode_1.1b", "unit": "of the bandwidth", "measured": middle, "low": low, "high": high,
+            "bound": 0.6, "rounds": rounds, "ours": middle * limit, "ours_name": best, "unit_of_rates": "steps/s",
+            "peer": float(np.median(rates["generate"])), "peer_name": "generate alone", "limit": limit,
+            "graph_alone": float(np.median(rates["graph"])), "worst_gap": gaps[best]}
+
+# %% ../../nbs/eval/01_llm.ipynb #d481bec3
+def _rate(work: Callable[[], Any], calls: int, steps: int, rounds: int) -> list[float]:  # pragma: no cover
+    """Steps a second on a GPU, warm: rounds of so many calls, each so many steps."""
+    import torch
+
+    rates = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        torch.cuda.synchronize()
+        rates.append(calls * steps / (time.perf_counter() - start))
+    return rates[1:]
+
+
+def _worst_gap(model: Any, said: Any, start: int) -> float:
+    """Largest logit minus that of the chosen token, at worst, from position `start` on, by one ordinary pass."""
+    logits = model(said[:, :-1]).logits[0, start - 1 :].float()
+    return float((logits.max(dim=-1).values - logits.gather(1, said[0, start:, None])[:, 0]).max())
+
 # %% ../../nbs/eval/01_llm.ipynb #a988daf6
 def measure(device: str) -> list[dict[str, Any]]:
     """Measure cache, client and local generation, as rows of a results file.
@@ -1529,7 +1654,7 @@ def measure(device: str) -> list[dict[str, Any]]:
     Parameters
     ----------
     device : {"cpu", "cuda"}
-        "cuda" measures local generation only.
+        "cuda" measures local generation, and steps of a single request against the memory's bandwidth.
 
     Returns
     -------
@@ -1543,7 +1668,9 @@ def measure(device: str) -> list[dict[str, Any]]:
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    return [*([] if device == "cuda" else [_measure_cache(), _measure_client()]), *_measure_local(device)]
+    if device == "cuda":
+        return [*_measure_local(device), _measure_decode()]  # pragma: no cover
+    return [_measure_cache(), _measure_client(), *_measure_local(device)]
 
 # %% ../../nbs/eval/01_llm.ipynb #37fab0c3
 if __name__ == "__main__" and "__file__" in globals():

@@ -146,7 +146,7 @@ def sign_flip_test(diff: Iterable[Any], n_flips: SupportsIndex = 10_000, seed: S
     Returns
     -------
     float
-        p-value in (0, 1].
+        p-value in (0, 1]. Means that differ by less than 1e-12 of the largest difference count as equal.
 
     Raises
     ------
@@ -163,8 +163,8 @@ def sign_flip_test(diff: Iterable[Any], n_flips: SupportsIndex = 10_000, seed: S
     if values.size == 1:
         return 1.0
     result = permutation_test(
-        (values,),
-        np.mean,
+        (values / (np.abs(values).max() or 1.0),),
+        lambda x, axis: 100 + np.mean(x, axis),  # scipy takes 1e-14 of a statistic for rounding: nothing, near 0
         permutation_type="samples",
         vectorized=True,
         n_resamples=2**16 if values.size <= 16 else flips,

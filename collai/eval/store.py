@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..core.claims import measure_main
-from ..core.parallel import imap_unordered
+from ..core.parallel import _whole, imap_unordered
+from ..core.sqlite import SharedFile
 from .llm import ChatError, ChatRefused, _canonical, fingerprint
 
 # %% ../../nbs/eval/02_store.ipynb #6d08a695
@@ -134,7 +135,9 @@ def _difference(old: Any, new: Any, place: str = "") -> str | None:
             if found := _difference(old[name], new[name], inner):
                 return found
         return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{place or 'spec'} (stored {len(old)} entries, given {len(new)})"
         walk = (_difference(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
         return next(filter(None, walk), None)
     return None if json.dumps(old) == json.dumps(new) else _described(old, new, place)
@@ -142,84 +145,25 @@ def _difference(old: Any, new: Any, place: str = "") -> str | None:
 
 def _described(old: Any, new: Any, place: str) -> str:
     """Put a place and its two values into words."""
-    old, new = (text if len(text := json.dumps(x)) < 60 else text[:57] + "..." for x in (old, new))
+    old, new = (text if len(text := json.dumps(x, sort_keys=True)) < 60 else text[:57] + "..." for x in (old, new))
     return f"{place or 'spec'} (stored {old}, given {new})"
 
 # %% ../../nbs/eval/02_store.ipynb #016d9e8e
 _MARK = 0x434F4C4C  # tells a store from other SQLite files
-_PATIENCE = 60.0  # seconds to wait for another process that writes
-_TABLES = (
-    f"PRAGMA application_id = {_MARK}",
-    "CREATE TABLE spec (text TEXT NOT NULL)",
-    "CREATE TABLE cell (key TEXT PRIMARY KEY, row TEXT NOT NULL)",
-    "CREATE TABLE blob (key TEXT NOT NULL, name TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (key, name))",
-    "CREATE TABLE error (key TEXT PRIMARY KEY, type TEXT NOT NULL, message TEXT NOT NULL, tries INTEGER NOT NULL)",
-)
+_TABLES = {
+    "spec": "CREATE TABLE spec (text TEXT NOT NULL)",
+    "cell": "CREATE TABLE cell (key TEXT PRIMARY KEY, row TEXT NOT NULL)",
+    "blob": "CREATE TABLE blob (key TEXT NOT NULL, name TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (key, name))",
+    "error": "CREATE TABLE error (key TEXT PRIMARY KEY, type TEXT NOT NULL, message TEXT NOT NULL, "
+             "tries INTEGER NOT NULL)",
+}
 
 
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Do all of the block or nothing; other writers wait."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-# %% ../../nbs/eval/02_store.ipynb #4ced4c08
-def _is_empty(db: sqlite3.Connection, path: Path) -> bool:
-    """Say whether a file has no tables yet; refuse a database of something else."""
-    if db.execute("PRAGMA application_id").fetchone()[0] == _MARK:
-        return False
-    if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        raise ValueError(f"{path} is no store: it is another program's database")
-    return True
-
-# %% ../../nbs/eval/02_store.ipynb #3d54a350
-def _open(path: Path, text: str) -> sqlite3.Connection:
-    """Open a store's file, making it if there is none, with the study's text in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
-        try:
-            _set_up(db, path, text)
-        except BaseException:
-            db.close()
-            raise
-    except sqlite3.OperationalError as error:
-        error.add_note(f"store {path}")
-        raise
-    except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} is no store: {error}") from None
-    return db
-
-
-def _set_up(db: sqlite3.Connection, path: Path, text: str) -> None:
-    """Make the tables, in one transaction, if the file has none."""
-    _is_empty(db, path)
-    _write_ahead(db)
-    with _transaction(db):
-        if _is_empty(db, path):
-            for statement in _TABLES:
-                db.execute(statement)
-            db.execute("INSERT INTO spec VALUES (?)", (text,))
-
-# %% ../../nbs/eval/02_store.ipynb #3e6d3569
-def _write_ahead(db: sqlite3.Connection) -> None:
-    """Switch to the log; the change needs the file for itself, which SQLite does not wait for."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > end:
-                raise
-            time.sleep(0.01)
+def _open(path: Path, text: str) -> SharedFile:
+    """Open a store's file; who comes first writes the study's text into it."""
+    file = SharedFile(path, "store", _MARK, _TABLES)
+    file.rows("INSERT INTO spec SELECT ? WHERE NOT EXISTS (SELECT 1 FROM spec)", text)
+    return file
 
 # %% ../../nbs/eval/02_store.ipynb #dc221876
 def _add(self: Any, key: Any, row: dict[str, Any], blobs: Mapping[str, bytes] | None = None) -> bool:
@@ -251,15 +195,15 @@ def _add(self: Any, key: Any, row: dict[str, Any], blobs: Mapping[str, bytes] | 
 # %% ../../nbs/eval/02_store.ipynb #9b89c7e7
 def _put(self: Any, key: str, row: str, blobs: list[tuple[str, bytes]]) -> bool:
     """Store a checked cell in one transaction."""
-    with _transaction(self._db):
-        fresh = self._db.execute("INSERT INTO cell VALUES (?, ?) ON CONFLICT DO NOTHING", (key, row)).rowcount == 1
+    with self._file.transaction() as db:
+        fresh = db.execute("INSERT INTO cell VALUES (?, ?) ON CONFLICT DO NOTHING", (key, row)).rowcount == 1
         if fresh:
-            self._db.executemany("INSERT INTO blob VALUES (?, ?, ?)", [(key, *item) for item in blobs])
-            self._db.execute("DELETE FROM error WHERE key = ?", (key,))
+            db.executemany("INSERT INTO blob VALUES (?, ?, ?)", [(key, *item) for item in blobs])
+            db.execute("DELETE FROM error WHERE key = ?", (key,))
     if fresh:
         self._own.add(key)
     elif key in self._own:
-        old = self._db.execute("SELECT row FROM cell WHERE key = ?", (key,)).fetchone()[0]
+        old = self._file.rows("SELECT row FROM cell WHERE key = ?", key)[0][0]
         if json.loads(old) != json.loads(row):
             raise ValueError(f"key {_key(key)!r} came twice in one run, with the rows {old} and {row}")
     return fresh
@@ -267,20 +211,19 @@ def _put(self: Any, key: str, row: str, blobs: list[tuple[str, bytes]]) -> bool:
 
 def _fail(self: Any, key: str, error: str, message: str, tries: int) -> bool:
     """Remember why a cell is not done, unless another process finished it."""
-    with _transaction(self._db):
-        self._db.execute("INSERT OR REPLACE INTO error SELECT ?, ?, ?, ? WHERE NOT EXISTS "
-                         "(SELECT 1 FROM cell WHERE key = ?)", (key, error, message, tries, key))
+    self._file.rows("INSERT OR REPLACE INTO error SELECT ?, ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM cell WHERE key = ?)",
+                    key, error, message, tries, key)
     return False
 
 # %% ../../nbs/eval/02_store.ipynb #5cb972ef
 def _done(self: Any) -> set:
     """Keys of the finished cells."""
-    return {_key(key) for key, in self._db.execute("SELECT key FROM cell")}
+    return {_key(key) for key, in self._file.rows("SELECT key FROM cell")}
 
 
 def _sorted_cells(self: Any) -> list[tuple[Any, str]]:
     """Keys and rows, by key."""
-    found = ((_key(key), row) for key, row in self._db.execute("SELECT key, row FROM cell"))
+    found = ((_key(key), row) for key, row in self._file.rows("SELECT key, row FROM cell"))
     return sorted(found, key=lambda cell: _place(cell[0]))
 
 
@@ -302,7 +245,7 @@ def _frame(self: Any) -> Any:
 def _errors(self: Any) -> list[dict[str, Any]]:
     """Cells that failed and are not done: ``key``, ``type``, ``message``, ``tries``, by key."""
     names = ("key", "type", "message", "tries")
-    found = self._db.execute("SELECT key, type, message, tries FROM error")
+    found = self._file.rows("SELECT key, type, message, tries FROM error")
     errors = [dict(zip(names, (_key(key), *rest), strict=True)) for key, *rest in found]
     return sorted(errors, key=lambda error: _place(error["key"]))
 
@@ -327,10 +270,10 @@ def _blob(self: Any, key: Any, name: str) -> bytes:
     KeyError
         If there is none of that name; lists those of the cell.
     """
-    found = dict(self._db.execute("SELECT name, rowid FROM blob WHERE key = ?", (_key_text(key),)))
+    found: dict[str, int] = dict(self._file.rows("SELECT name, rowid FROM blob WHERE key = ?", _key_text(key)))
     if name not in found:
         raise KeyError(f"cell {key!r} has no blob {name!r}, it has {sorted(found)}")
-    return self._db.execute("SELECT data FROM blob WHERE rowid = ?", (found[name],)).fetchone()[0]
+    return self._file.rows("SELECT data FROM blob WHERE rowid = ?", found[name])[0][0]
 
 # %% ../../nbs/eval/02_store.ipynb #3d56e696
 def _to_jsonl(self: Any, path: str | os.PathLike[str]) -> None:
@@ -359,7 +302,7 @@ def _exit(self: Any, *error: object) -> None:
 
 def _close(self: Any) -> None:
     """Close the file."""
-    self._db.close()
+    self._file.close()
 
 # %% ../../nbs/eval/02_store.ipynb #132bcf75
 class Store:
@@ -386,14 +329,14 @@ class Store:
 
     Notes
     -----
-    A context manager that closes the file; for the thread that opened it. Proposition 3 of ``eval/02_store``.
+    A context manager that closes the file. Threads and forked children may share it. Proposition 3 of ``eval/02_store``.
     """
 
     def __init__(self, path: str | os.PathLike[str], spec: Any) -> None:
         given = _canonical(spec, "spec")
         self.path, self.fingerprint, self._own = Path(path), fingerprint(spec), set[str]()
-        self._db = _open(self.path, json.dumps(given, sort_keys=True))
-        stored = json.loads(self._db.execute("SELECT text FROM spec").fetchone()[0])
+        self._file = _open(self.path, json.dumps(given, sort_keys=True))
+        stored = json.loads(self._file.rows("SELECT text FROM spec")[0][0])
         if found := _difference(stored, given):
             self.close()
             raise ValueError(f"study fingerprint mismatch: {found}")
@@ -480,8 +423,8 @@ def _plan(store: Store, cells: Mapping[Any, Any], max_cells: SupportsIndex | Non
     """List the texts of the keys to compute, with what they need."""
     if not isinstance(cells, Mapping):
         raise TypeError(f"cells must be a dict {{key: args}}, got {type(cells).__name__}")
-    limit = None if max_cells is None else _at_least_0("max_cells", max_cells)
-    done = {key for key, in store._db.execute("SELECT key FROM cell")}
+    limit = None if max_cells is None else _whole("max_cells", max_cells, 0)
+    done = {key for key, in store._file.rows("SELECT key FROM cell")}
     texts = ((_key_text(key), args) for key, args in cells.items())
     return [cell for cell in texts if cell[0] not in done][:limit]
 
@@ -495,16 +438,7 @@ def _job(store: Store, fn: Callable[[Any, int], Any], retry_on: tuple[type[Excep
         raise TypeError(f"retry_on must be a tuple of exception types, got {retry_on!r}")
     if on_error not in ("raise", "record"):
         raise ValueError(f"on_error must be 'raise' or 'record', got {on_error!r}")
-    return partial(_try, fn, store.fingerprint, retry_on, _at_least_0("retries", retries), on_error == "record")
-
-
-def _at_least_0(name: str, value: SupportsIndex) -> int:
-    """Return a whole number that is not negative, or raise with its name and value."""
-    if (number := _number(value)) is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if number < 0:
-        raise ValueError(f"{name} must be >= 0, got {number}")
-    return number
+    return partial(_try, fn, store.fingerprint, retry_on, _whole("retries", retries, 0), on_error == "record")
 
 # %% ../../nbs/eval/02_store.ipynb #29913164
 def _trivial(x: int, seed: int) -> dict[str, Any]:
@@ -520,9 +454,12 @@ def _add_all(store: Store, n: int) -> None:
 
 def _insert_all(store: Store, n: int) -> None:
     """Write n trivial rows into the file with nothing around them, one transaction each."""
-    for i in range(n):
-        with _transaction(store._db):
-            store._db.execute("INSERT INTO cell VALUES (?, ?)", (str(i), json.dumps({"x": i, "seed": 0})))
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as db:
+        db.executescript("PRAGMA synchronous = NORMAL; PRAGMA wal_autocheckpoint = 8000")
+        for i in range(n):
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT INTO cell VALUES (?, ?)", (str(i), json.dumps({"x": i, "seed": 0})))
+            db.execute("COMMIT")
 
 
 def _run_all(store: Store, n: int, engine: str, workers: int) -> None:
@@ -619,8 +556,8 @@ def measure(device: str) -> list[dict[str, Any]]:
 # %% ../../nbs/eval/02_store.ipynb #4ef33f0d
 def _resume(n: int, path: str) -> float:
     """Seconds to open a store of n finished cells and to see that nothing is left to do."""
-    with Store(path, "resume") as store, _transaction(store._db):
-        store._db.executemany("INSERT INTO cell VALUES (?, ?)", ((str(i), f'{{"x": {i}}}') for i in range(n)))
+    with Store(path, "resume") as store, store._file.transaction() as db:
+        db.executemany("INSERT INTO cell VALUES (?, ?)", ((str(i), f'{{"x": {i}}}') for i in range(n)))
     begin = time.perf_counter()
     with Store(path, "resume") as store:
         run_cells(store, dict.fromkeys(range(n)), lambda args, seed: {})

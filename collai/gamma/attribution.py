@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['walsh', 'one_at_a_time', 'banzhaf', 'interaction', 'shapley', 'owen', 'shapley_sampled', 'shapley_effects',
-           'EffectTable', 'effects', 'Attribution', 'attribute', 'plot_shapley', 'plot_interactions', 'measure']
+           'EffectTable', 'effects', 'Attribution', 'attribute', 'plot_shapley', 'plot_interactions', 'resampled_sums',
+           'measure']
 
 # %% ../../nbs/gamma/07_attribution.ipynb #85fb2fbb
 import math
@@ -13,18 +14,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 from statistics import NormalDist
-from typing import Any, SupportsIndex
+from types import SimpleNamespace
+from typing import Any, SupportsIndex, no_type_check
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int8
 
 from ..core.claims import measure_main
 from ..core.parallel import _whole
 from ..eval.stats import resample_counts
 from .design import Design
+from .worlds import _philox
 
 # %% ../../nbs/gamma/07_attribution.ipynb #6f11dba2
 _MOST_FACTORS = 24
@@ -334,7 +337,7 @@ def shapley_sampled(value: Callable[[np.ndarray], Any], k: SupportsIndex, n_pair
 
     Notes
     -----
-    Castro, Gómez and Tejada (2009) with antithetic orders; Proposition 6 of the notebook ``gamma/07_attribution``.
+    Castro, Gómez and Tejada (2009) with antithetic orders; Proposition 5 of the notebook ``gamma/07_attribution``.
     """
     k, pairs = _whole("k", k, 1), _whole("n_pairs", n_pairs, 2)
     rng = np.random.default_rng(_whole("seed", seed, 0))
@@ -377,7 +380,7 @@ def shapley_effects(values_grid: Iterable[Any]) -> dict[str, Any]:
 
     Notes
     -----
-    Owen (2014); Proposition 7 of the notebook ``gamma/07_attribution``.
+    Owen (2014); Proposition 6 of the notebook ``gamma/07_attribution``.
     """
     grid = np.asarray(values_grid, dtype=np.float64)
     k = grid.ndim
@@ -398,7 +401,8 @@ def shapley_effects(values_grid: Iterable[Any]) -> dict[str, Any]:
 def _scores(Y: Iterable[Any], design: Design, sas: Iterable[Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
     """Scores of all runs and of the single agent, checked against each other and against the design."""
     if not design.generators:
-        raise ValueError(f"effects need two levels a factor, got a design with levels {np.unique(design.X).tolist()}")
+        levels = np.unique(design.X).tolist()
+        raise ValueError(f"effects need levels -1 and +1, got {levels}: make the design from a list of names")
     table = np.asarray(Y, dtype=np.float64)
     if table.ndim != 2 or table.shape[1] != len(design.X):
         raise ValueError(f"Y has shape {table.shape}, the design has {len(design.X)} runs: Y must be (tasks, runs)")
@@ -652,7 +656,8 @@ class Attribution:
     ci, band : ndarray of float64 (k, 2)
         Interval of each value; intervals that hold for all of them at once.
     classes : dict of str
-        "I" where the interval is above 0; "II" where it is below 0 or inside ±ln 1.02; else "undetermined".
+        "I" where the interval is above 0; "II" where it is below 0 or inside ±ln 1.02; else "undetermined". So is an
+        interval without width if some run scores alike on all tasks; if none does, the factor left every score as it was.
     efficiency_gap : float
         Sum of the main effects minus log Γ(all) - log Γ(none), -2 times the sum of the odd Walsh coefficients of three
         and more factors; nan where a fraction lacks one of the two runs.
@@ -709,11 +714,13 @@ def _gap(main: np.ndarray, logs: np.ndarray, design: Design) -> float:
     return float(main.sum() - (logs[ends[0][0]] - logs[ends[1][0]]))
 
 # %% ../../nbs/gamma/07_attribution.ipynb #529f7c29
-def _class(lo: float, hi: float) -> str:
-    """Class of a factor from the interval of its value."""
-    if lo > 0:
+def _class(lo: float, hi: float, varied: bool) -> str:
+    """Class of a factor from the interval of its value; without width it needs scores that vary over tasks in every run."""
+    if not varied and hi - lo < 1e-12:
+        return "undetermined"
+    if lo > 1e-12:  # beyond the rounding of a value of 0
         return "I"
-    return "II" if hi < 0 or (lo > -_MARGIN and hi < _MARGIN) else "undetermined"
+    return "II" if hi < -1e-12 or (lo > -_MARGIN and hi < _MARGIN) else "undetermined"
 
 # %% ../../nbs/gamma/07_attribution.ipynb #8f9bcc15
 def attribute(Y: Iterable[Any], sas: Iterable[Any], design: Design, level: float = 0.95, n_boot: SupportsIndex = 2000,
@@ -743,14 +750,15 @@ def attribute(Y: Iterable[Any], sas: Iterable[Any], design: Design, level: float
 
     Notes
     -----
-    Theorem F and Proposition 8 of the notebook ``gamma/07_attribution``.
+    Theorem F and Proposition 7 of the notebook ``gamma/07_attribution``.
     """
     (table, alone), level = _scores(Y, design, sas), _level(level)
     logs = _logs(_all_scores(table, alone), n_boot, seed)
     ci, band, point = _intervals([x[..., :-1] @ _shapley_rows(design).T for x in logs], level)
     found, chains = _walsh_table(logs, design, True, level), design.alias(3)
-    names = list(design.names)
-    return Attribution(found, names, point, ci, band, {n: _class(*limits) for n, limits in zip(names, ci, strict=True)},
+    names, varied = list(design.names), bool((table != table[0]).any(axis=0).all())
+    classes = {n: _class(lo, hi, varied) for n, (lo, hi) in zip(names, ci.tolist(), strict=True)}
+    return Attribution(found, names, point, ci, band, classes,
                        _gap(found.estimate[1 : len(names) + 1], logs[0], design),
                        {n: chains[n] for n in names if n in chains}, _bias_factors(design))
 
@@ -836,20 +844,174 @@ def plot_interactions(Y: Iterable[Any], design: Design, first: str, second: str,
     ax.legend()
     return ax
 
+# %% ../../nbs/gamma/07_attribution.ipynb #7a90c4f2
+def _cuts(n: int) -> np.ndarray:
+    """Words of 32 bits: a count is how many of them are below a random word; Poisson, on average 4 sqrt(n) too few."""
+    rate, below, cuts = max(0.0, 1 - 4 / math.sqrt(n)), 0.0, []
+    for k in range(20):
+        below += math.exp(-rate) * rate**k / math.factorial(k)
+        above = round((1 - below) * 2**32)
+        if above <= 0:
+            break
+        cuts.append(2**32 - 1 - above)
+    return np.array(cuts, dtype=np.uint32)
+
+
+def _counts_numpy(n: int, rows: int, seed: int, first: int = 0) -> Int8[np.ndarray, "rows n"]:
+    """How often each task is in resamples `first` and on, by arrays on the processor."""
+    cuts, row, counts = _cuts(n).astype(np.uint64), first + np.arange(rows), np.empty((rows, n), np.int8)
+    left, attempt = np.full(rows, -1), 0
+    while (again := left < 0).any():
+        words = np.stack(_philox(seed, (np.arange(-(-n // 4)), row[again, None], attempt, 0)), axis=-1)
+        counts[again] = np.searchsorted(cuts, words.reshape(len(words), -1)[:, :n])
+        left[again] = n - counts[again].sum(axis=1, dtype=np.int64)
+        attempt += 1
+    where = np.repeat(np.arange(rows), left)
+    draw = np.arange(len(where)) - np.repeat(np.cumsum(left) - left, left)
+    task = _philox(seed, (draw, row[where], 0, 1))[0] * np.uint64(n) >> np.uint64(32)
+    np.add.at(counts, (where, task), 1)
+    return counts
+
+# %% ../../nbs/gamma/07_attribution.ipynb #8c51b7e6
+tl: Any = SimpleNamespace(constexpr="tl.constexpr")  # triton.language, once `_kernel` has been called
+
+
+@no_type_check  # its types are not looked at while it is compiled
+def _counts_kernel(out, cuts, n, words, first, seed, CUTS: tl.constexpr, BLOCK: tl.constexpr):  # pragma: no cover
+    """One program: one resample. Four counts a word, from one Philox call; then the missing draws, one a call."""
+    row, lane = first + tl.program_id(0), tl.arange(0, BLOCK)
+    out += tl.program_id(0).to(tl.int64) * words
+    left = -1
+    attempt = 0
+    while left < 0:
+        total = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, words, BLOCK):
+            word = start + lane
+            a, b, c, d = tl.philox(seed, word, row, attempt, 0)
+            a, b = tl.where(4 * word < n, a, 0), tl.where(4 * word + 1 < n, b, 0)
+            c, d = tl.where(4 * word + 2 < n, c, 0), tl.where(4 * word + 3 < n, d, 0)
+            counts = tl.zeros([BLOCK], tl.int32)
+            for i in tl.static_range(CUTS):
+                cut = tl.load(cuts + i).to(tl.uint32)
+                counts += tl.where(a > cut, 1, 0) + tl.where(b > cut, 1 << 8, 0)
+                counts += tl.where(c > cut, 1 << 16, 0) + tl.where(d > cut, 1 << 24, 0)
+            total += (counts & 255) + (counts >> 8 & 255) + (counts >> 16 & 255) + (counts >> 24)
+            tl.store(out + word, counts, mask=word < words)
+        left = n - tl.sum(total, 0)
+        attempt += 1
+    tl.debug_barrier()  # all counts are written before single draws are added to them
+    for start in range(0, left, BLOCK):
+        draw = start + lane
+        a, b, c, d = tl.philox(seed, draw, row, 0, 1)
+        task = tl.umulhi(a, n.to(tl.uint32)).to(tl.int32)
+        one = tl.full([BLOCK], 1, tl.int32) << 8 * (task % 4)
+        tl.atomic_add(out + task // 4, one, mask=draw < left, sem="relaxed")
+
+# %% ../../nbs/gamma/07_attribution.ipynb #9d34e8a5
+@cache
+def _kernel() -> Any:
+    """Compile the kernel's source; the package triton is imported here and nowhere else."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    return triton.jit(do_not_specialize=("n", "first", "seed"))(_counts_kernel)
+
+
+def _counts_triton(n: int, rows: int, seed: int, device: Any, first: int = 0, block: int = 512) -> Any:
+    """Counts by the kernel: torch.Tensor of int8 (rows, n rounded up to a multiple of 128), zeros behind n."""
+    import torch
+
+    words, cuts = 32 * -(-n // 128), torch.from_numpy(_cuts(n).view(np.int32)).to(device)
+    counts = torch.empty((rows, words), dtype=torch.int32, device=device)
+    _kernel()[(rows,)](counts, cuts, n, words, first, seed, CUTS=len(cuts), BLOCK=block, num_warps=4)
+    return counts.view(torch.int8)
+
+
+def _sums_torch(Y: Any, resamples: int, seed: int, most: int = 2**30) -> Any:
+    """Sums (resamples, m), float64, by the kernel and a product: of bytes if all scores are small whole numbers."""
+    import torch
+
+    (n, m), rows, found = Y.shape, max(32, min(resamples, most // (128 * -(-Y.shape[0] // 128)))), []
+    small = Y.to(torch.int8)
+    bytewise = bool((small == Y).all())
+    table = torch.nn.functional.pad((small if bytewise else Y.double()).T, (0, -n % 128, 0, -m % 8)).contiguous()
+    for first in range(0, resamples, rows):
+        counts = _counts_triton(n, rows, seed, Y.device, first)
+        sums = torch._int_mm(counts, table.T) if bytewise else counts.double() @ table.T
+        found.append(sums[: resamples - first, :m].double())
+    return torch.cat(found)
+
+# %% ../../nbs/gamma/07_attribution.ipynb #a6f0d2b9
+def resampled_sums(Y: Any, n_boot: SupportsIndex, seed: SupportsIndex = 0) -> Any:
+    """Sums of scores over resampled tasks, drawn and added where the table lies: the bootstrap of large designs on a GPU.
+
+    Parameters
+    ----------
+    Y : array-like of float (n_tasks, runs), or torch.Tensor of bool, int or float
+        Scores. A tensor on a GPU is worked on there (package triton).
+    n_boot, seed : int
+        Resamples, at least 1; seed in [0, 2⁶³).
+
+    Returns
+    -------
+    ndarray of float64 (n_boot, runs), or torch.Tensor of float64 on the same device
+        Divided by n_tasks: means of the resamples. Resamples are the same on every device, and so are sums of scores
+        that are all 0 or 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `Y` is no finite table, or a number is outside its range.
+
+    Notes
+    -----
+    Proposition 9 of the notebook ``gamma/07_attribution``. `effects` and `attribute` draw by `resample_counts` of
+    `collai.eval.stats`: the same law, other resamples.
+    """
+    resamples, start = _whole("n_boot", n_boot, 1), _whole("seed", seed, 0)
+    if start >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {start}")
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(Y, torch.Tensor):
+        return _sums_numpy(_table(np.asarray(Y, dtype=np.float64), np), resamples, start)
+    _table(Y, torch)
+    if Y.is_cuda:
+        return _sums_torch(Y, resamples, start)
+    return torch.from_numpy(_sums_numpy(Y.double().numpy(), resamples, start))
+
+# %% ../../nbs/gamma/07_attribution.ipynb #b1e7a3c8
+def _table(Y: Any, xp: Any) -> Any:
+    """A table of scores, or an error."""
+    if Y.ndim != 2 or 0 in Y.shape:
+        raise ValueError(f"Y must be a table (tasks, runs), got shape {tuple(Y.shape)}")
+    if not xp.isfinite(Y).all():
+        raise ValueError(f"Y must be finite, got {float(Y[~xp.isfinite(Y)][0])}")
+    return Y
+
+
+def _sums_numpy(Y: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums (resamples, m), by arrays on the processor."""
+    rows = max(1, 2**21 // len(Y))
+    return np.concatenate([_counts_numpy(len(Y), min(rows, resamples - first), seed, first).astype(np.float64) @ Y
+                           for first in range(0, resamples, rows)])
+
 # %% ../../nbs/gamma/07_attribution.ipynb #cc9841c8
 def measure(device: str) -> list[dict[str, Any]]:
-    """Measure exact Shapley values of all sets of 20 (CPU) or 24 (GPU) factors.
+    """Measure exact Shapley values of all sets of 20 (CPU) or 24 (GPU) factors, and sums of resampled tasks.
 
     Parameters
     ----------
     device : {"cpu", "cuda"}
-        "cpu": numpy, float64, k = 20. "cuda": torch, float32, k = 24, values already on the device.
+        "cpu": numpy, float64, k = 20; 1,000 tasks, 256 runs, 1,000 resamples. "cuda": torch, float32, k = 24; 10,000
+        tasks, 256 runs, 100,000 resamples; values and scores already on the device.
 
     Returns
     -------
     list of dict
-        Rows for `collai.core.claims.save_results`, milliseconds a call (median of 20); the bound of the GPU is one pass
-        over the values at 4.8 TB/s, its error is against float64 on the CPU.
+        Rows for `collai.core.claims.save_results`, milliseconds a call (median). On a GPU the bound is one pass over
+        the values at 4.8 TB/s, the error is against float64 on the CPU; for resamples it is (gamma.7.15), and ``wrong``
+        counts numbers that differ from the CPU's. Peers are numpy's, timed on a part and scaled.
 
     Raises
     ------
@@ -861,30 +1023,71 @@ def measure(device: str) -> list[dict[str, Any]]:
     return _cpu_rows() if device == "cpu" else _cuda_rows()
 
 # %% ../../nbs/gamma/07_attribution.ipynb #cdf10ce9
-def _cpu_rows() -> list[dict[str, Any]]:
-    """One row: k = 20 with numpy."""
-    v, spent = np.random.default_rng(0).standard_normal(2**20), []
-    for _ in range(21):
+def _timed(call: Callable[[], Any], wait: Callable[[], Any] = lambda: None, rounds: int = 20,
+           ) -> tuple[Any, dict[str, Any]]:
+    """What a warm call returns, and its milliseconds."""
+    spent = []
+    for _ in range(rounds + 1):
+        wait()
         start = time.perf_counter()
-        shapley(v)
+        found = call()
+        wait()
         spent.append(1e3 * (time.perf_counter() - start))
-    return [{"name": "shapley_k20", "measured": float(np.median(spent[1:])), "unit": "ms"}]
+    low, middle, high = (float(x) for x in np.quantile(spent[1:], (0.1, 0.5, 0.9)))
+    return found, {"measured": middle, "low": low, "high": high, "rounds": rounds, "unit": "ms"}
 
 
+def _cpu_rows() -> list[dict[str, Any]]:
+    """k = 20 with numpy; a small bootstrap."""
+    rng = np.random.default_rng(0)
+    v, table = rng.standard_normal(2**20), (rng.random((1000, 256)) < 0.6).astype(np.float64)
+    return [{"name": "shapley_k20"} | _timed(lambda: shapley(v))[1],
+            {"name": "bootstrap_256x1000x1000"} | _timed(lambda: resampled_sums(table, 1000), rounds=5)[1]
+            | _numpy_bootstrap(table, 1000)]
+
+
+def _numpy_bootstrap(table: np.ndarray, resamples: int, few: int = 5, more: int = 500) -> dict[str, Any]:
+    """Milliseconds of numpy for the same sums: rows of single draws, and the product alone; parts, scaled."""
+    n, rng = len(table), np.random.default_rng(0)
+    drawn, weights = rng.integers(0, n, (few, n)), rng.poisson(1, (more, n)).astype(table.dtype)
+    gather = _timed(lambda: [table[i].mean(0) for i in drawn], rounds=3)[1]["measured"] * resamples / few
+    product = _timed(lambda: weights @ table, rounds=3)[1]["measured"] * resamples / more
+    return {"peer": gather, "peer_name": f"numpy Y[idx].mean(0), {few} resamples, scaled", "peer_product": product,
+            "peer_product_name": f"numpy W @ Y, {table.dtype}, {more} resamples, scaled"}
+
+# %% ../../nbs/gamma/07_attribution.ipynb #d4b8f195
 def _cuda_rows() -> list[dict[str, Any]]:  # pragma: no cover
-    """One row: k = 24 with torch."""
+    """k = 24 with torch; the large bootstrap."""
     import torch
 
     v = torch.randn(2**24, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
-    exact, spent = shapley(v.double().cpu().numpy()), []
-    for _ in range(21):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        found = shapley(v)
-        torch.cuda.synchronize()
-        spent.append(1e3 * (time.perf_counter() - start))
-    return [{"name": "shapley_k24", "measured": float(np.median(spent[1:])), "unit": "ms", "bound": 2**26 / 4.8e9,
-             "error": float(np.abs(found.double().cpu().numpy() - exact).max())}]
+    found, spent = _timed(lambda: shapley(v), torch.cuda.synchronize)
+    error = float(np.abs(found.double().cpu().numpy() - shapley(v.double().cpu().numpy())).max())
+    return [{"name": "shapley_k24", "bound": 2**26 / 4.8e9, "error": error} | spent, _bootstrap_row()]
+
+
+def _bootstrap_row(n: int = 10_000, m: int = 256, resamples: int = 100_000) -> dict[str, Any]:  # pragma: no cover
+    """Time of the sums, and of the counts alone; both compared with the processor's."""
+    import torch
+
+    table = torch.rand(n, m, generator=torch.Generator("cuda").manual_seed(0), device="cuda") < 0.6
+    sums, spent = _timed(lambda: resampled_sums(table, resamples), torch.cuda.synchronize)
+    counts, drawing = _timed(lambda: _counts_triton(n, resamples, 0, "cuda"), torch.cuda.synchronize)
+    bound = 2e3 * resamples * n * (m / 1.98e15 + 1 / 4.8e12 + 6 / 1.5e13)
+    numbers = table.float().cpu()  # float32: sums below 2**24 are exact in any order
+    row = {"name": f"bootstrap_{m}x{n}x{resamples}", "bound": bound, "goal": 10.0, "counts_ms": drawing["measured"],
+           "wrong": _differing(counts, sums, numbers)} | spent | _numpy_bootstrap(numbers.numpy(), resamples)
+    return row | {"times_peer": row["peer"] / row["measured"], "times_product": row["peer_product"] / row["measured"]}
+
+
+def _differing(counts: Any, sums: Any, table: Any, few: int = 100, rows: int = 5000) -> int:
+    """Counts of the first resamples that aren't numpy's, resamples of another size, and sums that aren't W @ Y."""
+    n = len(table)
+    wrong = int((counts[:few, :n].cpu().numpy() != _counts_numpy(n, few, 0)).sum())
+    for i in range(0, len(sums), rows):
+        part = counts[i : i + rows, :n].cpu().float()
+        wrong += int((part.sum(1) != n).sum()) + int((part @ table != sums[i : i + rows].cpu()).sum())
+    return wrong
 
 # %% ../../nbs/gamma/07_attribution.ipynb #dbd46f2c
 if __name__ == "__main__" and "__file__" in globals():

@@ -52,7 +52,7 @@ def _tree(n: int, branching: int = 2) -> list[tuple[int, int]]:
 
 
 def _layered(n: int, layers: int = 2) -> list[tuple[int, int]]:
-    depth = _at_least("layers", layers, 1)
+    depth = min(_at_least("layers", layers, 1), n)
     layer = [i * depth // n for i in range(n)]
     return [(i, j) for i in range(n) for j in range(n) if layer[j] == layer[i] + 1]
 
@@ -66,11 +66,13 @@ def _random(n: int, p: float | int = 0.5, seed: int = 0) -> list[tuple[int, int]
     return [(i, j) for i in range(n) for j in range(n) if i != j and drawn[i, j]]
 
 
-def _small_world(n: int, k: int = 2, p: float | int = 0.1, seed: int = 0) -> list[tuple[int, int]]:
+def _small_world(n: int, k: int | None = None, p: float | int = 0.1, seed: int = 0) -> list[tuple[int, int]]:
     import networkx as nx
 
     _share("p", p)
-    if not 0 <= k < max(n, 1):
+    if k is None:
+        k = min(2, n)
+    elif not 0 <= k < n:
         raise ValueError(f"k must be in [0, {n - 1}] for {n} agents, got {k}")
     return list(nx.watts_strogatz_graph(n, k, p, seed).to_directed().edges())
 
@@ -83,7 +85,7 @@ _SHAPES: dict[str, Callable[..., list[tuple[int, int]]]] = {
 def _at_least(name: str, value: Any, low: int) -> int:
     """Return an integer that is not too small, or raise with its name and value."""
     try:
-        number = operator.index(value)
+        number = int(operator.index(value))
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if number < low:
@@ -108,8 +110,9 @@ def topology(name: str, n: int, **kw: Any) -> Any:
     n : int
         Agents, at least 1.
     **kw
-        tree: ``branching`` (2). layered: ``layers`` (2), every agent to all of the next layer. random: ``p`` (0.5), chance
-        of an edge, ``seed`` (0). small_world: ``k`` (2) neighbours on a ring, ``p`` (0.1), chance to rewire one, ``seed``.
+        tree: ``branching`` (2). layered: ``layers`` (2; no more than `n` are made), every agent to all of the next layer.
+        random: ``p`` (0.5), chance of an edge, ``seed`` (0). small_world: ``k`` (2, or all there are) neighbours on a
+        ring, ``p`` (0.1), chance to rewire one, ``seed``.
 
     Returns
     -------
@@ -247,6 +250,7 @@ def _checked_numbers(config: Any) -> None:
         object.__setattr__(config, name, _at_least(name, getattr(config, name), low))
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"temperature must be finite and >= 0, got {config.temperature!r}")
+    object.__setattr__(config, "temperature", float(config.temperature))
 
 
 def _checked_team(config: Any) -> None:
@@ -255,15 +259,19 @@ def _checked_team(config: Any) -> None:
     _chosen(config, *(name for name in _CHOICES if name != "strategy"))
     for name in ("n_agents", "rounds", "message_tokens"):
         object.__setattr__(config, name, _at_least(name, getattr(config, name), 1))
-    _share("message_noise", config.message_noise)
+    object.__setattr__(config, "message_noise", float(_share("message_noise", config.message_noise)))
     _memory_rounds(config.memory)
     for name in ("roles", "models"):
         words = getattr(config, name)
         if isinstance(words, str) or not words or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{name} must be a tuple of at least one name, got {words!r}")
         object.__setattr__(config, name, tuple(words))
-    object.__setattr__(config, "topology_args", tuple((str(key), value) for key, value in config.topology_args))
-    object.__setattr__(config, "trust", tuple(config.trust))
+    given = tuple(config.topology_args)
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
+        raise TypeError(f"topology_args must be pairs of name and value, got {config.topology_args!r}")
+    given = tuple((str(key), float(value) if key == "p" else value) for key, value in given)
+    object.__setattr__(config, "topology_args", given)
+    object.__setattr__(config, "trust", tuple(float(p) for p in config.trust))
     if wrong := [p for p in config.trust if not 0 < p < 1]:
         raise ValueError(f"trust holds probabilities inside (0, 1), got {wrong[0]!r}")
     object.__setattr__(config, "tools", _tool_sets(config.tools))
@@ -500,15 +508,27 @@ _RESOURCES = ("tokens", "prompt_tokens", "completion_tokens", "calls", "usd", "s
 _WAIT = 0.5  # seconds before the second attempt; doubled for each further one, at most 8, unless the server says
 _WAVE = 64  # most samples under way at once
 
+
+async def _asked(backend: Any, requests: list[Request]) -> list[Response]:
+    """Ask a backend; raises unless there is one response a request."""
+    if not inspect.isawaitable(asked := backend.generate(requests)):
+        raise TypeError(f"generate of {backend.name} must be awaitable (async def), it gave {str(asked)[:200]}")
+    responses = await asked
+    if not isinstance(responses, list | tuple) or not all(isinstance(one, Response) for one in responses):
+        raise TypeError(f"{backend.name} gave {str(responses)[:200]}, not a list of Response")
+    if len(responses) != len(requests):
+        raise ValueError(f"{backend.name} gave {len(responses)} responses to {len(requests)} requests")
+    return list(responses)
+
 # %% ../../nbs/gamma/04_engines.ipynb #ecaab3bd
 class _Desk:
     """What one run has to do with money: all that it has reserved of a ledger."""
 
     def __init__(self, ledger: Ledger, least: int, overhead: Usage = Usage()) -> None:  # noqa: B008
-        self.ledger, self.least = ledger, least
+        self.ledger, self.least, self.made = ledger, least, list[Any]()
         self.short: BudgetExceeded | None = None  # the first refusal
+        self.error: ChatError | None = None  # the first failure after which there was no money for another attempt
         self.limited = [name for name in _RESOURCES if ledger.remaining(name) < math.inf]
-        self.made: list[Any] = []
         self.overhead = self.reserve(overhead, "team", "overhead") if overhead != Usage() else None
 
     def reserve(self, usage: Usage, agent: str, tag: str) -> Any:
@@ -538,7 +558,7 @@ class _Desk:
 
     def spent(self) -> Usage:
         """What the run was charged, in the ledger's own whole parts."""
-        amounts = [_amounts(one.actual) for one in self.made]
+        amounts = [_amounts(used) for used in (Usage(), *(one.actual for one in self.made if one.settled))]
         return _usage([sum(parts) for parts in zip(*amounts, strict=True)])
 
 # %% ../../nbs/gamma/04_engines.ipynb #f7b82d92
@@ -548,12 +568,13 @@ async def _attempts(desk: _Desk, call: _Call) -> Response | None:
     retries = getattr(backend, "retries", 0)
     for attempt in range(retries + 1):
         try:
-            (response,) = await backend.generate([request])
+            (response,) = await _asked(backend, [request])
         except ChatError as error:
             (desk.ledger.release if error.billed is False else desk.ledger.fail)(held)
             if isinstance(error, ChatRefused) or attempt == retries:
                 raise
             wait = min(_WAIT * 2**attempt, 8) if error.retry_after is None else error.retry_after
+            failure = error
         except BaseException:
             desk.ledger.fail(held)
             raise
@@ -564,17 +585,23 @@ async def _attempts(desk: _Desk, call: _Call) -> Response | None:
         try:
             held = desk.reserve(held.usage, held.agent, held.tag)
         except BudgetExceeded as short:
-            desk.short = desk.short or short
+            desk.short, desk.error = desk.short or short, desk.error or failure
             return None
     raise AssertionError("not reached")  # pragma: no cover
+
+
+def _check_reply(desk: _Desk) -> None:
+    """Raise for a run that ends without one reply: the failure for which it was charged, else the refusal to pay."""
+    if desk.error is not None and desk.spent() != Usage():
+        raise desk.error
+    if desk.short is not None:
+        raise desk.short
 
 # %% ../../nbs/gamma/04_engines.ipynb #89b1a57f
 async def _batch(desk: _Desk, calls: Sequence[_Call]) -> list[Response]:
     """Make calls of one backend together; if that fails, all are charged in full."""
     try:
-        responses = await calls[0].backend.generate([call.request for call in calls])
-        if len(responses) != len(calls):
-            raise ValueError(f"{calls[0].backend.name} gave {len(responses)} responses to {len(calls)} requests")
+        responses = await _asked(calls[0].backend, [call.request for call in calls])
     except BaseException:
         for call in calls:
             desk.ledger.fail(call.reservation)
@@ -606,7 +633,7 @@ async def _replies(desk: _Desk, calls: Sequence[_Call | None]) -> list[Response 
         for start in range(0, len(mine), size):
             places, made = zip(*mine[start : start + size], strict=True)
             work.append(part(places, made, size == 1))
-    await _all(work)
+    await (work[0] if len(work) == 1 else _all(work))
     return done
 
 # %% ../../nbs/gamma/04_engines.ipynb #2231c1b3
@@ -668,7 +695,7 @@ class Trajectory:
     usage : Usage
         What the run's ledger spent.
     stopped : str
-        "done", "consensus" (stopped early), or "budget": some call could not be paid.
+        "budget": some call could not be paid, whatever else happened; else "consensus" (stopped early), or "done".
     """
 
     answer: str
@@ -995,18 +1022,18 @@ async def _turn(team: _Team, agents: Sequence[int], t: int) -> list[Response | N
 
 
 async def _round(team: _Team, t: int) -> bool:
-    """Play one round; False if nobody could be paid."""
-    c = team.config
+    """Play one round; False if no call could be paid. A call that was paid may bring no reply."""
+    c, made = team.config, len(team.desk.made)
     agents = _ordered(c, team.task, t, c.schedule == "asynchronous", range(c.n_agents))
     groups = [agents] if c.schedule == "synchronous" else [[i] for i in agents]
     row: list[Response | None] = [None] * c.n_agents
     for group in groups:
         for i, reply in zip(group, await _turn(team, group, t), strict=True):
             row[i] = reply
-    if any(reply is not None for reply in row):
-        team.rows.append(row)
-        return True
-    return False
+    if len(team.desk.made) == made:
+        return False
+    team.rows.append(row)
+    return True
 
 # %% ../../nbs/gamma/04_engines.ipynb #ebf78038
 def _judged(team: _Team, words: int, m: int) -> Request:
@@ -1105,15 +1132,23 @@ async def _play(team: _Team) -> Trajectory:
             break
         if early := (t + 1 < team.config.rounds and _agreed(team.config, team.answers())):
             break
-    if not team.rows and team.desk.short:
-        raise team.desk.short
+    if not team.board:
+        _check_reply(team.desk)
     answer = await _aggregate(team, holds)
     team.desk.close()
     texts = [["" if reply is None else reply.text for reply in row] for row in team.rows]
-    stopped = "consensus" if early else "budget" if team.desk.short else "done"
+    stopped = "budget" if team.desk.short else "consensus" if early else "done"
     return Trajectory(answer, team.task.score(answer), team.answers(), team.messages, team.desk.spent(), stopped, texts)
 
 # %% ../../nbs/gamma/04_engines.ipynb #9c994715
+def _check_run(config: Any, kind: type, ledger: Any) -> None:
+    """Refuse a configuration of the other kind, and a budget without its ledger."""
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {config!r}")
+    if not isinstance(ledger, Ledger):
+        raise TypeError(f"ledger must be a Ledger, such as Ledger(Budget(calls=9)), got {ledger!r}")
+
+
 async def arun_mas(task: Task, config: MASConfig, backend: Any, ledger: Ledger) -> Trajectory:
     """Let a team solve a task; `run_mas` for coroutines.
 
@@ -1129,9 +1164,10 @@ async def arun_mas(task: Task, config: MASConfig, backend: Any, ledger: Ledger) 
 
     Raises
     ------
-    BudgetExceeded, ChatError, KeyError
+    BudgetExceeded, ChatError, KeyError, TypeError, ValueError
         As `run_mas`.
     """
+    _check_run(config, MASConfig, ledger)
     team = _Team(task, config, backend, ledger)
     try:
         return await _play(team)
@@ -1161,9 +1197,11 @@ def run_mas(task: Task, config: MASConfig, backend: Any, ledger: Ledger) -> Traj
     BudgetExceeded
         If not even one call can be paid, or not the aggregator beside it; nothing is spent.
     ChatError
-        If a call is refused, or no attempt is left.
+        If a call is refused, no attempt is left, or failed attempts have used up the budget before any reply.
     KeyError
         If a model has no backend; lists those that have.
+    TypeError, ValueError
+        If an argument is of another kind, or a backend gives anything but one `Response` a request.
     """
     return _wait(arun_mas(task, config, backend, ledger))
 
@@ -1191,6 +1229,12 @@ class _Solo:
         used = self.backend.bound(request)
         if self.config.n is None and not any(getattr(used, name) for name in self.desk.limited):
             raise ValueError(f"n=None needs a budget that calls use up, got {self.desk.limited or 'no limit'}")
+
+    def check_use(self, *replies: Response | None) -> None:
+        """Refuse to go on until the budget is gone if calls turn out to use nothing of it."""
+        used = [reply.usage for reply in replies if reply is not None]
+        if self.config.n is None and used and not any(getattr(one, name) for one in used for name in self.desk.limited):
+            raise ValueError(f"n=None needs a budget that calls use up, {self.backend.name} reported {used[0]}")
 
     def answers(self) -> list[list[str]]:
         """Answers so far."""
@@ -1233,7 +1277,9 @@ async def _samples(solo: _Solo) -> list[Response]:
         if not wave:
             break
         made += len(wave)
-        done += [reply for reply in await _replies(solo.desk, wave) if reply is not None]
+        replies = await _replies(solo.desk, wave)
+        solo.check_use(*replies)
+        done += [reply for reply in replies if reply is not None]
     solo.rows = [list(done)]
     return done
 
@@ -1256,17 +1302,20 @@ async def _best_of_n(solo: _Solo) -> str:
         if (reply := await solo.one(solo.request(sample=k), 1, whole)) is None:
             break
         solo.rows[0].append(reply)
+        marked = None
         if reply.answer:
             check = _checked_by(solo.task, "solver", reply.answer, solo.task.context, c, 1, k, c.max_tokens)
+            marked = await solo.one(check, 1, whole - 1)
             votes.append(reply.answer.casefold())
-            marks.append(_mark(await solo.one(check, 1, whole - 1), votes[-1]))
+            marks.append(_mark(marked, votes[-1]))
+        solo.check_use(reply, marked)
     if not votes:
         return ""
     means = {vote: sum(m for v, m in zip(votes, marks, strict=True) if v == vote) / votes.count(vote) for vote in votes}
     best = [vote for vote in votes if math.isclose(means[vote], max(means.values()), rel_tol=1e-12)]
     return _forms(solo.answers())[_plurality(best, c.seed, solo.task)]
 
-
+# %% ../../nbs/gamma/04_engines.ipynb #7c0e5a92
 async def _reflect(solo: _Solo) -> str:
     """Draft, critique, revision, critique, and so on; the latest answer of a draft or revision stands."""
     talk: list[dict[str, str]] = []
@@ -1277,6 +1326,7 @@ async def _reflect(solo: _Solo) -> str:
         whole = 1 if solo.config.n is None else solo.config.n - t
         if (reply := await solo.one(solo.request(talk, t=t), 1, whole)) is None:
             break
+        solo.check_use(reply)
         if t % 2 == 0:
             answer = reply.answer or answer
             solo.rows.append([reply])
@@ -1340,20 +1390,20 @@ async def arun_sas(task: Task, config: SASConfig, backend: Any, ledger: Ledger) 
 
     Raises
     ------
-    BudgetExceeded, ChatError, ValueError, KeyError
+    BudgetExceeded, ChatError, KeyError, TypeError, ValueError
         As `run_sas`.
     """
+    _check_run(config, SASConfig, ledger)
     solo = _Solo(task, config, backend, ledger)
     try:
         answer = await _STRATEGIES[config.strategy](solo)
     finally:
         solo.desk.close()
-    answers = solo.answers()
-    if not any(reply for row in solo.rows for reply in row) and solo.desk.short:
-        raise solo.desk.short
+    if not any(reply for row in solo.rows for reply in row):
+        _check_reply(solo.desk)
     texts = [["" if reply is None else reply.text for reply in row] for row in solo.rows]
     stopped = "budget" if solo.desk.short else "done"
-    return Trajectory(answer, task.score(answer), answers, [], solo.desk.spent(), stopped, texts)
+    return Trajectory(answer, task.score(answer), solo.answers(), [], solo.desk.spent(), stopped, texts)
 
 # %% ../../nbs/gamma/04_engines.ipynb #77ceb342
 def run_sas(task: Task, config: SASConfig, backend: Any, ledger: Ledger) -> Trajectory:
@@ -1378,11 +1428,11 @@ def run_sas(task: Task, config: SASConfig, backend: Any, ledger: Ledger) -> Traj
     BudgetExceeded
         If not even one call can be paid; nothing is spent.
     ChatError
-        If a call is refused, or no attempt is left.
-    ValueError
-        If the strategy goes on until the budget is gone, but calls do not use it up.
+        If a call is refused, no attempt is left, or failed attempts have used up the budget before any reply.
     KeyError
         If there is no backend for "default".
+    TypeError, ValueError
+        As in `run_mas`; or if the strategy goes on until the budget is gone, but calls do not use it up.
     """
     return _wait(arun_sas(task, config, backend, ledger))
 
@@ -1559,6 +1609,8 @@ def plot_information(H_t: Sequence[float | int], D_t: Sequence[float | int], ax:
         raise ValueError(f"H_t and D_t must be of one length, got {len(H_t)} and {len(D_t)}")
     ax = _axes(ax)
     other = ax.twinx()
+    for one in (ax, other):
+        one.margins(y=0.1)
     rounds = range(len(H_t))
     lines = [*ax.plot(rounds, H_t, "C0o-", label="entropy H"), *other.plot(rounds, D_t, "C1s--", label="distance D")]
     ax.set(xlabel="round t", ylabel="H (nats)", ylim=(0, None), xticks=list(rounds))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .engines import _CHOICES, MASConfig, Trajectory, answer_entropy
+from .engines import _CHOICES, MASConfig, Trajectory, _carried, answer_entropy
 
 # %% ../../nbs/gamma/05_factors.ipynb #7cdd4b25
 @dataclass(frozen=True)
@@ -200,9 +200,7 @@ def _by_round(column: str) -> Callable[[Sequence[Trajectory], Sequence[Trajector
 
 def _agreed_after(run: Trajectory) -> float:
     """Rounds until the standing answers of all agents are one; inf if they never are."""
-    held = [""] * len(run.answers[0])
-    for t, row in enumerate(run.answers):
-        held = [new.casefold() or old for new, old in zip(row, held, strict=True)]
+    for t, held in enumerate(_carried(run.answers)):
         if held[0] and len(set(held)) == 1:
             return t + 1.0
     return math.inf
@@ -252,7 +250,7 @@ def _task_factors() -> list[Factor]:
         Factor("evidence_dispersion", "task", "world", (1, 2, 4, 8), 8, _set_dispersion, "N/W",
                ("Stasser and Titus 1985, Journal of Personality and Social Psychology 48", _PAPER),
                "evidence that no reader can hold alone makes readers worth their cost", "Γ against clues per window",
-               accepts=lambda value: _span(0.01, 1000)(value)),
+               accepts=_span(0.01, 1000)),
     ]
 
 # %% ../../nbs/gamma/05_factors.ipynb #f1612a96

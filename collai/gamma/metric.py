@@ -21,17 +21,10 @@ from scipy.special import ndtr, ndtri, stdtrit
 
 from ..core.claims import measure_main
 from ..core.parallel import item_seed
-from ..eval.stats import bonett_price, mcnemar_exact, resample_counts, sign_flip_test, wilson
+from ..eval.stats import _inside, bonett_price, mcnemar_exact, resample_counts, sign_flip_test, wilson
 from .ledger import Budget, Usage
 
 # %% ../../nbs/gamma/01_metric.ipynb #03702ae7
-def _inside(name: str, value: float) -> float:
-    """Return a number in the open interval (0, 1), or raise with its name and value."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value}")
-    return float(value)
-
-
 def _scores(name: str, values: Any) -> tuple[np.ndarray, bool]:
     """Mean over seeds (n_tasks,), and whether every task has one score that is 0 or 1."""
     given = np.asarray(values, dtype=np.float64)
@@ -193,7 +186,8 @@ class GammaResult:
     p_value : float
         Exact McNemar test of single 0/1 scores, else the sign-flip test of the differences.
     regime, n_tasks, method : str, int, str
-        "gain", "loss", "parity" or "undetermined"; number of tasks; the method that made `ci`.
+        "gain", "loss", "parity" or "undetermined"; number of tasks; the method that made `ci` ("fieller" for
+        Lemma 4, when Φ_M is zero).
     flags, cap_matched : tuple of str, GammaResult or None
         What to know before using the numbers; of `gamma_at_spend`, the comparison at the same cap.
     """
@@ -225,7 +219,7 @@ def _result(m: np.ndarray, s: np.ndarray, ci: tuple[float, float], method: str, 
     """Fill in the result from task means, an interval and a test."""
     phi_m, phi_s, d, notes = float(m.mean()), float(s.mean()), m - s, list(flags)
     half = _t(level, len(d)) * math.sqrt(float(d.var(ddof=1)) / len(d))
-    if method != "bonett_price" and phi_m > 0 and _se_log(m, s, 1) < 1e-12:
+    if still := method != "bonett_price" and phi_m > 0 and _se_log(m, s, 1) < 1e-12:
         notes.append("mas is a multiple of sas on every task: the interval has no width and proves nothing")
     if phi_s >= 1:
         notes.append("phi_sas is 1: no room above it, normalized_gain is undefined")
@@ -240,7 +234,7 @@ def _result(m: np.ndarray, s: np.ndarray, ci: tuple[float, float], method: str, 
         delta_ci=(max(-1.0, phi_m - phi_s - half), min(1.0, phi_m - phi_s + half)),
         normalized_gain=(phi_m - phi_s) / (1 - phi_s) if phi_s < 1 else math.nan,
         p_value=p_value,
-        regime=_regime(ci, *rule),
+        regime="undetermined" if still else _regime(ci, *rule),
         n_tasks=len(m),
         method=method,
         flags=tuple(notes),
@@ -258,7 +252,8 @@ def _method(wanted: str, m: np.ndarray, binary: bool) -> tuple[str, list[str]]:
     if m.mean() > 0 or used == "bonett_price":
         return used, [] if m.mean() > 0 else ["phi_mas is zero: log_gamma is -inf"]
     used = "bonett_price" if binary else "fieller"
-    return used, [f"phi_mas is zero: log_gamma is -inf, the interval is that of {used}"]
+    maker = used if binary else "Lemma 4 of gamma/01_metric"
+    return used, [f"phi_mas is zero: log_gamma is -inf, the interval is that of {maker}"]
 
 # %% ../../nbs/gamma/01_metric.ipynb #e58a7ffc
 def collaboration_gain(mas: Any, sas: Any, method: str = "auto", level: float = 0.95, n_boot: SupportsIndex = 9_999,
@@ -285,8 +280,8 @@ def collaboration_gain(mas: Any, sas: Any, method: str = "auto", level: float = 
     Raises
     ------
     ValueError
-        Scores that are not finite, not in [0, 1] or not paired; fewer than 2 tasks; a single-agent score of
-        zero; another argument out of range.
+        Scores that are not finite, not in [0, 1] or not paired; fewer than 2 tasks; a single-agent score of zero, for
+        which Γ is undefined (take the mean of ``mas - sas`` and its `sign_flip_test`); another argument out of range.
     """
     m, s, binary = _paired(mas, sas)
     level, draws = _inside("level", level), operator.index(n_boot)
@@ -534,8 +529,8 @@ def gamma_at_spend(mas: Any, mas_spend: Any, sas: Any, sas_spend: Any, level: fl
     s = _at_spend(costs, scores, spend)
     if s.mean() <= 0:
         raise ValueError("single-agent score is zero: Γ is undefined; use delta")
-    ci = _interval("delta", m, s, level)
-    return _result(m, s, ci, "delta", level, (0.02, False), sign_flip_test(m - s), cap.flags, cap)
+    used, flags = _method("delta", m, False)
+    return _result(m, s, _interval(used, m, s, level), used, level, (0.02, False), sign_flip_test(m - s), flags, cap)
 
 # %% ../../nbs/gamma/01_metric.ipynb #eb281404
 def _variance(phi_sas: float | int, gamma: float | int, corr: float | int) -> float:

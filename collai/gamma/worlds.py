@@ -326,7 +326,7 @@ def _count_numpy(plan: _Plan, n_tasks: int, seed: int) -> tuple[int, int]:
     return won, tied
 
 # %% ../../nbs/gamma/02_worlds.ipynb #9eeac412
-tl: Any = SimpleNamespace(constexpr=int)  # triton.language, once `_kernel` has been called
+tl: Any = SimpleNamespace(constexpr="tl.constexpr")  # triton.language, once `_kernel` has been called
 
 
 @no_type_check  # its types are not looked at while it is compiled
@@ -1014,7 +1014,7 @@ class TreeWorld:
     def alpha(self) -> float:
         """Slope of `step` at 0, (gamma.2.24)."""
         b = self.fan_in
-        return self.fidelity * (self.rho + (1 - self.rho) * b * math.comb(b - 1, (b - 1) // 2) / 2 ** (b - 1))
+        return self.fidelity * (self.rho + (1 - self.rho) * (b * math.comb(b - 1, (b - 1) // 2) / 2 ** (b - 1)))
 
     step, fixed_point, accuracy, sample = _tree_step, _tree_fixed_point, _tree_accuracy, _tree_sample
     exponent = property(_tree_exponent)

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import settings
 from jaxtyping import config, install_import_hook
 
 if early := [name for name in sys.modules if name.split(".")[0] == "collai"]:
     raise RuntimeError(f"imported before the type checks were installed: {', '.join(early)}")
 sys.dont_write_bytecode = True  # or the checked code could end in the cache that plain processes read
 install_import_hook("collai", "beartype.beartype")
+settings.register_profile("same", derandomize=True, deadline=None)  # every run tries the same examples
+settings.load_profile("same")
 raises = pytest.raises
 
 

@@ -1,6 +1,7 @@
 """The runner: what it chooses, when it repeats, how it fails, and what a stop at any moment leaves behind."""
 import io
 import json
+import keyword
 import os
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def test_outside_a_repository_it_says_so(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ up to date?
 
-@given(st.lists(st.from_regex(r"[a-z]{1,5}", fullmatch=True), min_size=1, max_size=4))
+@given(st.lists(st.from_regex(r"[a-z]{1,5}", fullmatch=True).filter(lambda word: not keyword.iskeyword(word)), min_size=1, max_size=4))
 def test_an_import_reaches_all_its_parents(parts):
     names = runner._imported("import collai." + ".".join(parts))
     assert names == {".".join(["collai", *parts][:end]) for end in range(1, len(parts) + 2)}

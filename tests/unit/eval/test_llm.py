@@ -9,10 +9,12 @@ import math
 import multiprocessing
 import os
 import pickle
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -150,9 +152,17 @@ def test_a_fingerprint_is_the_same_in_another_process():
         ([np.float32("nan")], r"obj\[0\] is nan"),
         (math.inf, "obj is inf"),
         ({1: 2}, "obj has the key 1: keys must be strings"),
-        ({"f": lambda: 0}, r"obj\['f'\] is a lambda or local function"),
+        ({"f": lambda: 0}, r"obj\['f'\] is a lambda, local function or bound method"),
         (Spec({1}, 1), r"obj\.name is a set"),
         (np.array([None]), "obj is a ndarray"),
+        (np.zeros(2, [("a", "i4"), ("b", "f4")]), "obj is a ndarray"),
+        (np.zeros(2, [("a", "i4"), ("b", "f4")])[0], "obj is a void"),
+        (np.ma.array([1, 2], mask=[0, 1]), "obj is a MaskedArray"),
+        ([np.longdouble(1)], r"obj\[0\] is a longdouble"),
+        (np.ones(2, np.longdouble), "obj is a ndarray"),
+        (np.datetime64(1, "ns"), "obj is a datetime64"),
+        ({"f": {"a": 1}.get}, r"obj\['f'\] is a lambda, local function or bound method"),
+        ("x".upper, "obj is a lambda, local function or bound method"),
         (1j, "obj is a complex"),
     ],
 )
@@ -434,6 +444,34 @@ def test_a_local_identity_follows_the_weights_and_not_the_object():
     assert TransformersChat(TinyLM(len(ALPHABET)), CharTokenizer("hgfedcba .\n")).identity() != before
 
 
+def test_writes_past_the_version_counter_change_the_identity():
+    chat = tiny()
+    before = chat.identity()
+    for p in chat.model.parameters():
+        p.data.mul_(3.0)
+    assert chat.identity() == TransformersChat(chat.model, ALPHABET).identity() != before
+
+
+def test_weights_at_an_address_of_weights_that_are_gone_are_new_ones():
+    chat, seen = tiny(), set()
+    memory = np.zeros(chat.model.lm_head.weight.shape, np.float32)
+    for k in range(1, 5):
+        memory[0, 1] = k  # no part of what is looked at, see `_glance`
+        chat.model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(memory))
+        seen.add(chat.identity()["digest"])
+    assert len(seen) == 4
+
+
+def test_a_model_made_in_inference_mode_has_an_identity_that_follows_it():
+    with torch.inference_mode():
+        chat = tiny()
+    before = chat.identity()
+    assert before == tiny().identity()
+    with torch.inference_mode():
+        chat.model.lm_head.weight[0, 0] += 1
+    assert chat.identity() != before
+
+
 def test_the_digest_of_a_local_model_is_made_once_while_nothing_changes(monkeypatch):
     made, real = [], llm._weights_digest
     monkeypatch.setattr(llm, "_weights_digest", lambda *a: made.append(1) or real(*a))
@@ -571,14 +609,74 @@ def test_a_cache_survives_fork_and_pickling(tmp_path):
     pipe, far = context.Pipe()
 
     def work():
-        cached = [r.cached for r in chat.generate([ask("a"), ask("b")])]
-        far.send([*cached, chat._owner == os.getpid()])  # a connection of its own
+        far.send([r.cached for r in chat.generate([ask("a"), ask("b")])])
 
     child = context.Process(target=work)
     child.start()
-    assert pipe.recv() == [True, False, True]
+    assert pipe.recv() == [True, False]
     child.join()
     assert chat.generate([ask("b")])[0].cached
+
+
+def test_a_child_that_is_forked_while_threads_use_the_cache_can_use_it(tmp_path):
+    chat, questions, stop = CachedChat(Parrot(), tmp_path / "c"), [ask(str(i)) for i in range(20)], threading.Event()
+    chat.generate(questions)
+
+    def hammer():
+        while not stop.is_set():
+            chat.generate(questions)
+
+    threads = [threading.Thread(target=hammer) for _ in range(3)]
+    for t in threads:
+        t.start()
+    ends = []
+    for _ in range(5):
+        if not (pid := os.fork()):
+            signal.alarm(10)  # ends a child that hangs
+            os._exit(0 if chat.generate(questions[:2])[0].cached else 1)
+        ends.append(os.waitpid(pid, 0)[1])
+    stop.set()
+    for t in threads:
+        t.join()
+    assert ends == [0] * 5
+
+
+def test_a_request_is_looked_up_once(tmp_path, monkeypatch):
+    chat, looked = CachedChat(Parrot(), tmp_path / "c"), []
+    get = type(chat)._get
+    monkeypatch.setattr(type(chat), "_get", lambda self, source, key: looked.append(key) or get(self, source, key))
+    for _ in range(2):
+        chat.generate([ask("a"), ask("b")])
+    assert len(looked) == 4 and (chat.hits, chat.misses) == (2, 2)
+
+
+def test_a_cache_made_by_an_earlier_version_opens_and_other_files_are_refused(tmp_path):
+    with sqlite3.connect(tmp_path / "old") as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("CREATE TABLE IF NOT EXISTS replies (source TEXT, request TEXT, reply TEXT, PRIMARY KEY (source, request))\n"
+                   "             WITHOUT ROWID")
+    chat = CachedChat(Parrot(), tmp_path / "old")
+    assert [chat.generate([ask("a")])[0].cached for _ in range(2)] == [False, True]
+    with sqlite3.connect(tmp_path / "theirs") as db:
+        db.execute("CREATE TABLE t (x)")
+    (tmp_path / "text").write_text("some words " * 400)
+    for name, reason in (("theirs", "it is another program's database"), ("text", "file is not a database")):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(ValueError, match=f"{name} is no cache: {reason}"):
+            CachedChat(Parrot(), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_processes_that_make_one_file_together_all_succeed(tmp_path):
+    for trial in range(10):
+        start, pids = time.time() + 0.02, []
+        for i in range(4):
+            if not (pid := os.fork()):
+                while time.time() < start + i * 0.0004:
+                    pass
+                os._exit(0 if CachedChat(Parrot(), tmp_path / str(trial)) else 1)
+            pids.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
 
 
 def test_a_recording_answers_without_the_model(tmp_path):

@@ -184,7 +184,7 @@ def test_no_more_than_concurrency_requests_are_under_way():
     assert busy.most == 3
 
 
-def test_the_body_holds_what_differs_from_the_protocols_defaults():
+def test_the_body_holds_sampling_always_and_the_rest_where_it_is_asked_for():
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     full = Request([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], 7, 0.5, 0.9, ("a", "b"), 3, (tool,), 2)
     with ChatServer(llm._Echo()) as server:
@@ -194,15 +194,20 @@ def test_the_body_holds_what_differs_from_the_protocols_defaults():
     assert bodies[0] == {"model": "local", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
                          "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["a", "b"], "seed": 3, "tools": [tool],
                          "logprobs": True, "top_logprobs": 2}
-    assert bodies[1] == {"model": "local", "messages": [{"role": "user", "content": "u"}], "max_tokens": 256}
+    assert bodies[1] == {"model": "local", "messages": [{"role": "user", "content": "u"}], "max_tokens": 256,
+                         "temperature": 1.0, "top_p": 1.0}  # else a server puts in the habits of its model
     seeds = [b.get("seed") for b in bodies]
     assert len(set(seeds)) == 4 and seeds[:2] == [3, None]
 
 
-def test_openai_itself_gets_the_newer_name_of_the_limit(monkeypatch):
+def test_openai_itself_gets_the_newer_name_of_the_limit_and_no_sampling_that_is_its_default(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     chat = OpenAIChat(model="m", api_key=SECRET)
-    assert llm._wire_request(ask("a", max_tokens=5), chat.name, chat._limit)["max_completion_tokens"] == 5
+    body = llm._wire_request(ask("a", max_tokens=5, temperature=1), chat.name, chat._openai)
+    assert body["max_completion_tokens"] == 5 and not {"max_tokens", "temperature", "top_p"} & set(body)
+    body = llm._wire_request(ask("a", temperature=0.5, top_p=0.9), chat.name, chat._openai)
+    assert (body["temperature"], body["top_p"]) == (0.5, 0.9)
+    assert llm._wire_request(ask("a"), chat.name, chat._openai)["temperature"] == 0
 
 
 def test_pictures_travel_as_data_uris_and_arrive_as_the_same_pixels():
@@ -321,13 +326,21 @@ def completion(**changes):
 @pytest.mark.parametrize(
     "body",
     [b"", b"[]", b"null", b'{"choices": []}', b'{"error": "busy"}', completion(choice={"message": None}), completion(usage={"prompt_tokens": 1}),
-     completion(choice={"finish_reason": None}), completion(choice={"finish_reason": "abort"}), completion()[:-9],
-     completion(choice={"message": {"content": [{"type": "text"}]}}), b"\xff"],
+     completion()[:-9], completion(choice={"message": {"content": [{"type": "text"}]}}), b"\xff"],
 )
 def test_a_body_without_a_choice_is_a_bad_reply(body, monkeypatch):
     with raw_server(body, monkeypatch) as server, pytest.raises(BadReply) as caught:
         OpenAIChat(model="local", base_url=server.base_url, max_retries=0).generate([ask("a")])
     assert caught.value.status == 200 and caught.value.billed is None
+
+
+@pytest.mark.parametrize("reason", ["eos", "abort", None, 3, "length", "tool_calls"])
+def test_a_whole_reply_is_kept_whatever_reason_the_server_gives(reason, monkeypatch):
+    with raw_server(completion(choice={"finish_reason": reason}), monkeypatch) as server:
+        reply = OpenAIChat(model="local", base_url=server.base_url).generate([ask("a")])[0]
+        assert len(server.requests) == 1
+    assert (reply.text, reply.usage) == ("hello", TokenUsage(4, 2))
+    assert reply.finish_reason == (reason if reason in ("length", "tool_calls") else "stop")
 
 
 def test_log_probabilities_may_come_without_alternatives(monkeypatch):
@@ -392,6 +405,8 @@ def test_the_bound_without_a_tokenizer_is_never_below_the_count_of_a_byte_tokeni
     small, large = (Request([{"role": "user", "content": [{"type": "image", "image": np.zeros((n, n, 3), np.uint8)}]}]) for n in (8, 4000))
     assert 50_000 < bounded.bound(small).prompt_tokens < 51_000
     assert 4000**2 // 196 < bounded.bound(large).prompt_tokens
+    edge = Request([{"role": "user", "content": [{"type": "image", "image": np.zeros((3143, 3143, 3), np.uint8)}]}])
+    assert llm._prompt_bound(edge, None) - llm._prompt_bound(ask(""), None) >= 225**2  # patches of 14 x 14, the last of a row padded
 
 
 def test_a_wait_is_read_in_all_its_spellings():

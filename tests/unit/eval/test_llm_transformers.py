@@ -160,6 +160,11 @@ def test_identity_depends_on_weights_and_template_and_not_on_the_folder(chat, fo
     with torch.no_grad():
         moved.model.model.norm.weight[0] += 1e-3
     assert moved.identity() != chat.identity()
+    seen = [again.identity()]
+    again.model.config.rms_norm_eps *= 2
+    seen.append(again.identity())
+    again.tokenizer.chat_template += " "
+    assert again.identity() not in seen and seen[0] != seen[1]
     assert fingerprint(ask("a")) == fingerprint(ask("a"))
 
 
@@ -232,3 +237,48 @@ def test_a_score_may_be_about_a_picture(seeing):
 def test_pictures_for_a_model_that_reads_only_are_refused(chat):
     with pytest.raises(TypeError, match=r"Qwen3ForCausalLM reads text only, the request has 2 image\(s\)"):
         chat.generate([ask("a"), show("b", *np.zeros((2, 4, 4, 3), np.uint8))])
+
+
+def small_llama(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=0.4, bos_token_id=None, eos_token_id=None, **options)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_steps_of_fixed_shape_say_what_generate_says(attention):
+    model, ids = small_llama(attn_implementation=attention), torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        step, said = llm._greedy_step(model, ids, 24)
+        for _ in range(15):
+            step()
+        assert torch.equal(said[:, :21], model.generate(ids, max_new_tokens=16, do_sample=False)) and not said[:, 21:].any()
+        assert llm._worst_gap(model, said[:, :21], 5) < 1e-4
+        other = said[:, :21].clone()
+        other[0, 13] = (other[0, 13] + 1) % 50
+        assert llm._worst_gap(model, other, 5) > 1e-2
+
+
+def test_a_step_can_be_recorded_whole():
+    model = small_llama()
+    with torch.no_grad():
+        step, said = llm._greedy_step(model, torch.tensor([[3, 1, 4]]), 12)
+        plain, again = llm._greedy_step(model, torch.tensor([[3, 1, 4]]), 12)
+        whole = torch.compile(step, backend="eager", fullgraph=True)  # refuses whatever waits for a value
+        for _ in range(4):
+            whole()
+            plain()
+    assert torch.equal(said, again)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_says_what_generate_says():
+    model, ids = small_llama().cuda(), torch.tensor([[3, 1, 4, 1, 5]]).cuda()
+    with torch.no_grad():
+        step, said = llm._greedy_step(model, ids, 24)
+        replay = llm._graphed(step)
+        for _ in range(12):
+            replay()
+        assert torch.equal(said[:, :21], model.generate(ids, max_new_tokens=16, do_sample=False))

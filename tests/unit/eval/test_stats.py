@@ -85,6 +85,16 @@ def test_sign_flips_are_counted_exactly_for_few_tasks(diff):
     assert abs(sign_flip_test(diff) - np.mean(extreme)) < 1e-12
 
 
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=12), st.sampled_from([3, 10, 7e-9, 1e12]))
+@quickly
+def test_sign_flips_do_not_depend_on_the_unit_of_the_scores(diff, unit):
+    assert sign_flip_test(np.array(diff) / unit) == sign_flip_test(diff)
+
+
+def test_a_mean_of_zero_up_to_rounding_is_no_evidence():
+    assert sign_flip_test(np.array([0, 1, 2, 1, 1, 1, -2, 0, 3, -3, -3, -1]) / 3) == 1.0
+
+
 def test_sixteen_differences_are_exact_and_seventeen_are_sampled():
     diff = np.linspace(-1, 2, 17)
     assert sign_flip_test(diff[:16], n_flips=10, seed=1) == sign_flip_test(diff[:16], seed=2)

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import os
 
 import matplotlib
 import numpy as np
@@ -25,6 +26,7 @@ from collai.gamma.attribution import (
     owen,
     plot_interactions,
     plot_shapley,
+    resampled_sums,
     shapley,
     shapley_effects,
     shapley_sampled,
@@ -572,10 +574,40 @@ def test_planted_values_lie_in_their_intervals_and_classes_are_right():
 
 @pytest.mark.parametrize(("lo", "hi", "name"), [
     (0.001, 0.01, "I"), (-0.2, -0.1, "II"), (-0.019, 0.019, "II"), (-0.0199, 0.0199, "undetermined"),
-    (-0.1, 0.0, "undetermined"), (0.0, 0.03, "undetermined"), (0.0, 0.01, "II"),
+    (-0.1, 0.0, "undetermined"), (0.0, 0.03, "undetermined"), (0.0, 0.01, "II"), (1e-17, 0.03, "undetermined"),
+    (-0.1, -1e-17, "undetermined"), (1e-17, 0.01, "II"),
 ])
 def test_classes_follow_the_interval(lo, hi, name):
-    assert module._class(lo, hi) == name
+    assert module._class(lo, hi, True) == module._class(lo, hi, False) == name
+
+
+@pytest.mark.parametrize(("value", "name"), [(0.0, "II"), (1e-17, "II"), (0.5, "I"), (-0.5, "II")])
+def test_an_interval_without_width_needs_scores_that_vary(value, name):
+    assert module._class(value, value, True) == name
+    assert module._class(value, value, False) == "undetermined"
+
+
+def test_a_factor_that_changes_no_score_is_useless_whatever_the_rounding():
+    design, rows = full_factorial(list("abcd")), np.arange(16)
+    for seed, i in itertools.product(range(20), range(4)):
+        Y = (np.random.default_rng(seed).random((60, 16)) < 0.6).astype(float)[:, rows & ~(1 << i)]
+        assert attribute(Y, np.ones(60), design, n_boot=200).classes["abcd"[i]] == "II"
+
+
+def test_scores_that_do_not_vary_prove_nothing():
+    names = ["a", "b"]
+    for Y in (np.ones((2, 4)), np.tile([0.5, 1.0, 0.5, 1.0], (9, 1)), np.array([[1, 1, 1, 1]] * 4 + [[1, 1, 0, 0.0]])):
+        assert attribute(Y, np.ones(len(Y)), full_factorial(names), n_boot=50).classes["a"] == "undetermined"
+    doubled = np.random.default_rng(0).uniform(0.1, 0.5, (30, 1)) * [1, 2]
+    assert attribute(doubled, np.ones(30), full_factorial(["a"]), n_boot=50).classes == {"a": "I"}
+
+
+def test_few_tasks_near_a_score_of_one_do_not_make_a_helpful_factor_useless():
+    rng, found = np.random.default_rng(0), []
+    for seed in range(150):
+        Y = (rng.random((8, 2)) < [0.9, 0.99]).astype(float)
+        found.append(attribute(Y, np.ones(8), full_factorial(["a"]), n_boot=100, seed=seed).classes["a"])
+    assert found.count("II") <= 1
 
 
 def test_half_the_runs_give_exact_values_of_a_world_with_pairs():
@@ -629,7 +661,8 @@ FINE = Y400[:30, :4]
     ({"sas": SAS400[:30] - 0.5}, "scores must be finite and in [0, 1], got -0.5"),
     ({"sas": np.zeros(30)}, "single-agent score is zero: Γ is undefined; use delta"),
     ({"Y": FINE * [1, 1, 0, 1]}, "run 2 of Y has score zero: its log Γ is undefined"),
-    ({"design": full_factorial({"a": 2, "b": 2})}, "effects need two levels a factor, got a design with levels [0, 1]"),
+    ({"design": full_factorial({"a": 2, "b": 2})},
+     "effects need levels -1 and +1, got [0, 1]: make the design from a list of names"),
     ({"design": fractional_factorial(list("abc"), ["a", "b", "-b"])},
      "factors 'b' and 'c' change together: their effects can't be told apart"),
     ({"level": 1.0}, "level must be in (0, 1), got 1.0"),
@@ -670,11 +703,164 @@ def test_the_figures_show_the_numbers():
     matplotlib.pyplot.close("all")
 
 
+# --- a hundred thousand resamples ------------------------------------------------------------------------------------
+
+
+def poisson_cuts(rate):
+    """Words below which a count is 0, 1, …, for a mean of our choice."""
+    law = [math.exp(-rate) * rate**k / math.factorial(k) for k in range(12)]
+    return np.array([2**32 - 1 - round((1 - sum(law[: k + 1])) * 2**32) for k in range(11)], dtype=np.uint32)
+
+
+@quickly
+@given(st.integers(1, 300), st.integers(1, 30), st.integers(0, 2**63 - 1), st.integers(0, 2**20))
+def test_resamples_have_the_size_of_the_sample_and_depend_on_their_number_alone(n, rows, seed, first):
+    counts = module._counts_numpy(n, rows, seed, first)
+    assert counts.shape == (rows, n) and counts.min() >= 0
+    assert (counts.sum(axis=1, dtype=int) == n).all()
+    assert np.array_equal(module._counts_numpy(n, 1, seed, first + rows - 1), counts[-1:])
+
+
+def test_cuts_are_the_law_of_poisson_numbers():
+    from scipy.stats import poisson
+
+    above = poisson.sf(np.arange(len(module._cuts(10_000))), 0.96) * 2**32
+    assert np.abs(2**32 - 1 - module._cuts(10_000).astype(float) - above).max() <= 0.5 + 1e-6
+    assert [len(module._cuts(n)) for n in (1, 16, 10_000, 10**8)] == [0, 0, 12, 12]
+
+
+@pytest.mark.parametrize("rate", [None, 0.2, 1.0])
+def test_counts_have_the_law_of_single_draws(monkeypatch, rate):
+    if rate is not None:
+        monkeypatch.setattr(module, "_cuts", lambda n: poisson_cuts(rate))
+    counts = module._counts_numpy(3, 40_000, 7).astype(int)
+    found = np.bincount(counts @ [16, 4, 1], minlength=64) / len(counts)
+    assert (counts.sum(axis=1) == 3).all()
+    for k in itertools.product(range(4), repeat=3):
+        p = 6 / math.prod(map(math.factorial, k)) / 27 if sum(k) == 3 else 0.0
+        assert abs(found[np.dot(k, [16, 4, 1])] - p) < 5 * math.sqrt(p / len(counts)) + 1e-12
+
+
+def test_counts_of_many_tasks_have_the_moments_of_multinomial_ones():
+    n, rows = 400, 2000
+    counts = module._counts_numpy(n, rows, 1).astype(float)
+    assert np.abs(counts.mean(axis=0) - 1).max() < 5 / math.sqrt(rows)
+    assert abs(counts.var(axis=0).mean() - (1 - 1 / n)) < 5 * math.sqrt(2 / (n * rows)) * 1.3
+    pairs = (counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)).mean() / (n * (n - 1))  # E K_i K_j = 1 - 1/n
+    assert abs(pairs - (1 - 1 / n)) < 1e-4
+    shares = [(counts == k).mean() for k in range(5)]
+    assert np.allclose(shares, [math.comb(n, k) * (1 / n) ** k * (1 - 1 / n) ** (n - k) for k in range(5)], atol=2e-3)
+
+
+def test_resampled_sums_are_products_and_spread_like_the_usual_bootstrap():
+    Y = np.random.default_rng(0).random((60, 5))
+    sums = resampled_sums(Y, 3000, 4)
+    assert np.allclose(sums, module._counts_numpy(60, 3000, 4) @ Y)
+    usual = resample_counts(60, 3000, 4) @ Y
+    assert np.allclose(sums.std(axis=0), usual.std(axis=0), rtol=0.1)
+    assert np.allclose(resampled_sums(Y, 7, 4), sums[:7]) and not np.allclose(resampled_sums(Y, 7, 5), sums[:7])
+    parts = pytest.MonkeyPatch()
+    with parts.context() as patch:
+        patch.setattr(module, "_counts_numpy", lambda n, rows, seed, first: np.full((rows, n), first))
+        assert resampled_sums(np.ones((2**21, 1)), 3)[:, 0].tolist() == [0, 2**21, 2**22]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float32, torch.float64])
+def test_a_tensor_gets_the_sums_of_an_array(dtype):
+    Y = (torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.5).to(dtype)
+    before = Y.clone()
+    found = resampled_sums(Y, 20, 1)
+    assert isinstance(found, torch.Tensor) and found.dtype == torch.float64
+    assert np.array_equal(found.numpy(), resampled_sums(Y.numpy(), 20, 1)) and torch.equal(Y, before)
+
+
+@pytest.mark.parametrize(("change", "error", "text"), [
+    ({"Y": [1.0, 0.0]}, ValueError, r"Y must be a table \(tasks, runs\), got shape \(2,\)"),
+    ({"Y": np.ones((0, 3))}, ValueError, r"Y must be a table \(tasks, runs\), got shape \(0, 3\)"),
+    ({"Y": torch.ones(2, 2, 2)}, ValueError, r"Y must be a table \(tasks, runs\), got shape \(2, 2, 2\)"),
+    ({"Y": [[1.0, NAN]]}, ValueError, "Y must be finite, got nan"),
+    ({"Y": torch.tensor([[1.0, INF]])}, ValueError, "Y must be finite, got inf"),
+    ({"n_boot": 0}, ValueError, "n_boot must be >= 1, got 0"),
+    ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+    ({"seed": 2**63}, ValueError, r"seed must be below 2\*\*63, got 9223372036854775808"),
+    ({"n_boot": 2.5}, TypeError, "n_boot must be an integer, got 2.5"),
+])
+def test_wrong_resamples_are_refused(change, error, text):
+    with pytest.raises(error, match=text):
+        resampled_sums(**({"Y": [[1.0, 0.0]], "n_boot": 5} | change))
+
+
+def triton_device():
+    """Where the kernel can run: a GPU, the processor by Triton's interpreter, or nowhere."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+needs_triton = pytest.mark.skipif(
+    triton_device() is None, reason="the kernel needs the package triton, and either a GPU or TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def _index_of_arrays(monkeypatch):
+    """Triton 3.6's interpreter takes int() of an array with one entry, which numpy refuses from 2.4 on."""
+    if triton_device() == "cpu":
+        from triton.runtime import interpreter
+        patch = interpreter._patch_lang_tensor
+
+        def repaired(tensor, scope):
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", repaired)
+
+
+@needs_triton
+@pytest.mark.parametrize(("n", "rows", "rate"), [(1, 2, None), (17, 5, None), (130, 5, None), (300, 3, None), (40, 9, 1.0),
+                                                 (40, 4, 0.1)])
+@pytest.mark.usefixtures("_index_of_arrays")
+def test_the_kernel_draws_what_arrays_draw(monkeypatch, n, rows, rate):
+    if rate is not None:  # 1.0: half of the resamples are drawn again; 0.1: several blocks of single draws
+        monkeypatch.setattr(module, "_cuts", lambda n: poisson_cuts(rate))
+    seed = 9 + 2**35
+    found = module._counts_triton(n, rows, seed, triton_device(), first=11, block=32).cpu().numpy()
+    assert np.array_equal(found[:, :n], module._counts_numpy(n, rows, seed, 11)) and not found[:, n:].any()
+
+
+@needs_triton
+@pytest.mark.usefixtures("_index_of_arrays")
+def test_sums_by_the_kernel_are_those_of_arrays():
+    Y = torch.rand(21, 3, generator=torch.Generator().manual_seed(0))
+    for table in ((3 * Y).floor(), Y):
+        found = module._sums_torch(table.to(triton_device()), 33, 5, most=1).cpu().numpy()
+        assert found.dtype == np.float64
+        wanted = resampled_sums(table.numpy(), 33, 5)
+        assert np.allclose(found, wanted, atol=1e-12) if table is Y else np.array_equal(found, wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or triton_device() is None, reason="needs a GPU and the package triton")
+def test_a_gpu_gives_the_same_sums():
+    Y = torch.rand(1000, 9, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert np.array_equal(resampled_sums(Y.cuda(), 500).cpu().numpy(), resampled_sums(Y.numpy(), 500))
+
+
 def test_the_measurement_has_a_row_and_knows_its_devices(monkeypatch):
     monkeypatch.setattr(module, "shapley", lambda v: v[:1])
+    monkeypatch.setattr(module, "resampled_sums", lambda Y, n_boot: Y[:1])
     rows = measure("cpu")
-    assert [row["name"] for row in rows] == ["shapley_k20"]
-    assert rows[0]["unit"] == "ms"
-    assert rows[0]["measured"] >= 0
+    assert [row["name"] for row in rows] == ["shapley_k20", "bootstrap_256x1000x1000"]
+    assert all(row["unit"] == "ms" and 0 <= row["low"] <= row["measured"] <= row["high"] for row in rows)
+    assert rows[1]["peer"] > rows[1]["peer_product"] > 0
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
         measure("tpu")
+
+
+def test_the_check_of_the_measurement_counts_what_differs():
+    table = (torch.rand(50, 4, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    counts = torch.nn.functional.pad(torch.from_numpy(module._counts_numpy(50, 120, 0)), (0, 78))
+    sums = counts[:, :50].double() @ table.double()
+    assert module._differing(counts, sums, table, rows=50) == 0
+    sums[110, 2] += 1
+    assert module._differing(counts, sums, table, rows=50) == 1
+    counts[3, 7] += 1
+    assert module._differing(counts, sums, table, rows=50) >= 3

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 
 import networkx as nx
 import numpy as np
@@ -81,6 +82,15 @@ def test_requests_that_cannot_be_made_are_refused_and_lists_are_copied():
                             ({"messages": []}, "at least one message, got"), ({"messages": "hi"}, "messages must be a list .* got 'hi'")]:
         with pytest.raises(ValueError, match=message):
             Request(task, "a", "solver", **good | change)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (("A", None, Usage()), "answer must be a str, empty when there is none, got None"),
+    ((None, "A", Usage()), "text must be a str, empty when there is none, got None"),
+    (("A", "A", None), "usage must be a Usage, got None")])
+def test_a_reply_holds_texts_and_its_usage(fields, message):
+    with pytest.raises(TypeError, match=message):
+        Response(*fields)
 
 
 @each_world
@@ -286,6 +296,37 @@ def test_each_agent_or_role_has_its_policy_and_reads_what_it_is_given():
         backend.bound(replace(a, agent="c", role="critic"))
     names = {TransformerBackend(policy(s), LETTERS, seed=t).name for s, t in ((0, 0), (0, 0), (1, 0), (0, 1))}
     assert len(names) == 3
+
+
+def test_names_and_cached_replies_follow_weights_that_are_trained(tmp_path):
+    import torch
+
+    model = policy(0)
+    backend, before = TransformerBackend(model, LETTERS), TransformerBackend(policy(0), LETTERS)
+    cached, alone, request = CachedBackend(backend, tmp_path / "c.db"), HFBackend(model, LETTERS), call(TASK, temperature=0.0)
+    names = [one.name for one in (backend, cached, alone)]
+    assert names[:2] == [before.name] * 2 and ask(cached, request) == ask(before, request)
+    with torch.no_grad():
+        model.lm_head.weight[LETTERS.encode("+")[0]] += 100.0
+    assert ask(cached, request) == ask(backend, request) != ask(before, request) and cached.chat.misses == 2
+    assert cached.name == backend.name and not {one.name for one in (backend, cached, alone)} & set(names)
+
+
+def first_signs(request, n=4):
+    """A reader of the first characters of a prompt."""
+    return request.task.prompt[:n]
+
+
+def test_the_name_of_policies_holds_what_they_read():
+    def name(read):
+        return TransformerBackend(policy(0), LETTERS, read=read).name
+
+    readers = [None, first_signs, partial(first_signs, n=3), partial(first_signs, n=7), partial(partial(first_signs), n=3)]
+    names = [name(read) for read in readers]
+    assert len(set(names)) == 4 and names[2] == names[4] and name(partial(first_signs, n=7)) == names[3]
+    for read in (lambda r: r.task.prompt, partial(lambda r: r.task.prompt), partial(first_signs, n={7})):
+        with pytest.raises(TypeError, match=r"read must be a named function, or functools.partial of one with plain .* got .*function"):
+            name(read)
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from jaxtyping import config as type_checks
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from collai.eval.llm import ChatError, ChatRefused, ChatTimeout
+from collai.eval import llm
+from collai.eval.llm import ChatError, ChatRefused, ChatServer, ChatTimeout
 from collai.gamma import engines as module
-from collai.gamma.backends import Request, Response, Task, WorldBackend, parse_answer
+from collai.gamma.backends import OpenAIBackend, Request, Response, Task, WorldBackend, parse_answer
 from collai.gamma.engines import (
     MASConfig,
     SASConfig,
@@ -112,10 +113,13 @@ def test_topologies_have_the_edges_they_promise(n):
     assert set(topology("ring", n).edges()) == {(i, (i + 1) % n) for i in range(n) if n > 1}
     assert set(topology("star", n).edges()) == {edge for i in range(1, n) for edge in ((0, i), (i, 0))}
     for name in ("star", "tree", "mesh", "small_world"):
-        edges = set(topology(name, n, **({"k": 0} if name == "small_world" and n < 3 else {})).edges())
+        edges = set(topology(name, n).edges())
         assert edges == {(j, i) for i, j in edges}
     for name in ("star", "tree", "mesh"):
         assert nx.is_strongly_connected(topology(name, n))
+    assert n < 2 or min(d for _, d in topology("small_world", n).degree()) > 0
+    for layers in range(1, n + 3):
+        assert n < 2 or layers < 2 or min(d for _, d in topology("layered", n, layers=layers).degree()) > 0
 
 
 def test_layers_speak_forward_and_random_graphs_belong_to_their_seed():
@@ -153,6 +157,12 @@ def test_layers_speak_forward_and_random_graphs_belong_to_their_seed():
     (lambda: MASConfig(roles="critic"), ValueError, "roles must be a tuple of at least one name, got 'critic'"),
     (lambda: MASConfig(trust=(1.0,)), ValueError, r"trust holds probabilities inside \(0, 1\), got 1.0"),
     (lambda: MASConfig(n_agents=3, topology="small_world", topology_args=(("k", 5),)), ValueError, "got 5"),
+    (lambda: MASConfig(topology="random", topology_args={"p": 0.5}), TypeError, "must be pairs of name and value, got {'p': 0.5}"),
+    (lambda: MASConfig(topology="random", topology_args=("p", 0.5)), TypeError, r"pairs of name and value, got \('p', 0.5\)"),
+    (lambda: run_mas(TASK, SASConfig(), Script(vote), Ledger(FREE)), TypeError, "config must be a MASConfig, got SASConfig"),
+    (lambda: run_sas(TASK, MASConfig(), Script(vote), Ledger(FREE)), TypeError, "config must be a SASConfig, got MASConfig"),
+    (lambda: run_mas(TASK, MASConfig(), Script(vote), FREE), TypeError, "ledger must be a Ledger, .* got Budget"),
+    (lambda: run_sas(TASK, SASConfig(), Script(vote), FREE), TypeError, "ledger must be a Ledger, .* got Budget"),
     (lambda: SASConfig("guess"), KeyError, "no strategy 'guess': single, long"),
     (lambda: SASConfig(n=0), ValueError, "n must be >= 1, got 0"),
 ])
@@ -176,6 +186,14 @@ def test_configurations_are_hashable_and_tell_every_field_apart():
         changed.append(replace(base, **{name: value, **more}))
     prints = {c.fingerprint() for c in [base, *changed]}
     assert len(prints) == len(other) + 1 and all(len(p) == 64 for p in prints)
+
+
+def test_equal_configurations_have_equal_fingerprints():
+    whole = MASConfig(1, "random", (("p", 1),), temperature=1, message_noise=0, trust=(np.float64(0.5),))
+    parts = MASConfig(True, "random", (("p", 1.0),), temperature=1.0, message_noise=0.0, trust=(0.5,))
+    assert whole == parts and whole.fingerprint() == parts.fingerprint()
+    assert MASConfig(temperature=1).fingerprint() == MASConfig().fingerprint()
+    assert SASConfig(temperature=1).fingerprint() == SASConfig().fingerprint()
 
 
 def test_fingerprints_are_the_same_in_every_process():
@@ -470,6 +488,8 @@ def test_a_team_stops_when_it_agrees():
     assert (len(run.answers), run.stopped) == (1, "consensus")
     run, _, _ = team(MASConfig(4, rounds=3, termination="consensus"), settle)
     assert (len(run.answers), run.stopped) == (3, "done")  # it would have ended anyway
+    run, _, _ = team(MASConfig(3, rounds=2, termination="quorum"), lambda r: "answer: x", Budget(calls=2))
+    assert run.answers == [["x", "x", ""]] and run.stopped == "budget"  # agreed, but one agent was not paid
 
 
 def test_a_confidence_sequence_stops_early_when_sure_and_late_when_not():
@@ -695,6 +715,53 @@ def test_an_agent_without_money_for_another_attempt_abstains(monkeypatch):
     assert sorted(run.answers[0]) == ["", "yes"] and run.stopped == "budget" and run.usage.calls == 2
 
 
+@pytest.mark.parametrize("config", [
+    MASConfig(1), MASConfig(2, rounds=3, termination="consensus"), MASConfig(2, aggregator="judge"),
+    MASConfig(2, aggregator="verifier-best"), SASConfig("single"), SASConfig("long"), SASConfig(n=1), SASConfig("best_of_n", 1),
+    SASConfig("reflect", 3), SASConfig("chunked", 1)], ids=lambda c: getattr(c, "strategy", f"{c.__class__.__name__} {getattr(c, 'aggregator', '')}"))
+def test_a_run_whose_budget_went_into_failed_attempts_raises_their_error(monkeypatch, config):
+    monkeypatch.setattr(module, "_WAIT", 0)
+    many = isinstance(config, MASConfig)
+    n, aside = (config.n_agents, {"judge": 1, "verifier-best": 2}.get(config.aggregator, 0)) if many else (1, 0)
+    backend, ledger = faulty([ChatTimeout(None, None, None)] * (2 * n), retries=5), Ledger(Budget(tokens=10**6, calls=2 * n + aside))
+    with pytest.raises(ChatTimeout):
+        (run_mas if many else run_sas)(Task("t", "?", "", ("a", "b")), config, backend, ledger)
+    assert n <= ledger.spent.calls == len(backend.seen) and ledger.reserved == Usage()
+
+
+@pytest.mark.parametrize("config", [MASConfig(3), MASConfig(2, aggregator="judge"), SASConfig("single"), SASConfig(n=3)],
+                         ids=["team", "with judge", "one agent", "samples"])
+def test_an_outage_is_an_error_and_no_answer(monkeypatch, config):
+    monkeypatch.setattr(module, "_WAIT", 0)
+    with ChatServer(llm._Echo(), faults=("cut",)) as server:
+        backend = OpenAIBackend(base_url=server.base_url, api_key="k", model="m", timeout=5.0, retries=8)
+        ledger = Ledger(Budget(calls=5))
+        with pytest.raises(ChatError) as caught:
+            (run_mas if isinstance(config, MASConfig) else run_sas)(TASK, config, backend, ledger)
+    assert caught.value.billed is None and ledger.reserved == Usage() and ledger.spent.calls >= 4
+
+
+def test_a_round_without_a_reply_counts(monkeypatch):
+    monkeypatch.setattr(module, "_WAIT", 0)
+    backend = faulty([ChatTimeout(None, None, None)], retries=1)
+    backend.bound = lambda r: Usage(600 if r.round == 0 else 200, 9, 1)
+    run = run_mas(TASK, MASConfig(1, rounds=3), backend, Ledger(Budget(prompt_tokens=1000)))
+    assert run.answers == [[""], ["yes"], ["yes"]] and (run.answer, run.stopped) == ("yes", "budget")
+
+
+@pytest.mark.parametrize("config", [MASConfig(1), SASConfig("single")], ids=["team", "one agent"])
+def test_a_run_is_refused_only_if_nothing_was_spent(monkeypatch, config):
+    ledger = Ledger(Budget(calls=1))
+
+    async def sleep(seconds):  # meanwhile another run takes what was released
+        ledger.reserve(Usage(0, 0, 1))
+
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    with pytest.raises(BudgetExceeded, match="calls: requested 1, available 0"):
+        (run_mas if isinstance(config, MASConfig) else run_sas)(TASK, config, faulty([ChatError(429, False)], retries=3), ledger)
+    assert ledger.spent == Usage()
+
+
 def test_a_batch_that_fails_is_charged_in_full_and_a_lie_about_the_bound_is_told():
     class Liar(Script):
         def bound(self, request):
@@ -713,6 +780,58 @@ def test_a_batch_that_fails_is_charged_in_full_and_a_lie_about_the_bound_is_told
     with pytest.raises(ValueError, match="script gave 2 responses to 3 requests"):
         run_mas(TASK, MASConfig(3), Short(vote), ledger)
     assert ledger.reserved == Usage() and ledger.spent.calls == 3
+
+
+class Odd(Script):
+    """Gives back what it is told to, awaited."""
+
+    async def generate(self, requests):
+        self.seen += requests
+        return self.reply(requests[0])
+
+
+class Sync(Odd):
+    """The same without waiting."""
+
+    def generate(self, requests):
+        return self.reply(requests[0])
+
+
+@pytest.mark.parametrize(("make", "gives", "error", "words"), [
+    (Odd, "yes", TypeError, "script gave yes, not a list of Response"),
+    (Odd, ["yes"], TypeError, r"script gave \['yes'\], not a list of Response"),
+    (Odd, None, TypeError, "script gave None, not a list of Response"),
+    (Odd, [], ValueError, "script gave 0 responses to 1 requests"),
+    (Sync, [], TypeError, r"generate of script must be awaitable \(async def\), it gave \[\]")])
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_malformed_reply_is_named_and_charged_in_full(make, gives, error, words, size):
+    for run, config in ((run_mas, MASConfig(1)), (run_sas, SASConfig("single"))):
+        ledger = Ledger(FREE)
+        with pytest.raises(error, match=words):
+            run(TASK, config, make(lambda r: gives, batch_size=size), ledger)
+        assert ledger.reserved == Usage() and ledger.spent.calls == 1
+
+
+class Free(Script):
+    """Reports less usage than its bound: nothing, or the call alone."""
+
+    async def generate(self, requests):
+        found = await super().generate(requests)
+        if len(self.seen) > 500:
+            raise RuntimeError("goes on for ever")
+        return [replace(one, usage=self.usage) for one in found]
+
+
+@pytest.mark.parametrize("usage", [Usage(), Usage(calls=1)])
+@pytest.mark.parametrize("strategy", ["self_consistency", "best_of_n", "reflect"])
+def test_calls_that_turn_out_to_be_free_do_not_go_on_for_ever(strategy, usage):
+    backend, ledger = Free(lambda r: "answer: yes"), Ledger(Budget(tokens=3000))
+    backend.usage = usage
+    with pytest.raises(ValueError, match=f"n=None needs a budget that calls use up, script reported Usage.*calls={usage.calls}"):
+        run_sas(TASK, SASConfig(strategy), backend, ledger)
+    assert ledger.reserved == Usage() and len(backend.seen) <= 64
+    assert run_sas(TASK, SASConfig(strategy, n=3), backend, Ledger(Budget(tokens=3000))).answer == "yes"
+    assert run_sas(TASK, SASConfig("single"), backend, Ledger(Budget(tokens=3000))).answer == "yes"
 
 
 def test_a_cancelled_run_leaves_nothing_reserved():
@@ -933,6 +1052,8 @@ def test_plots_show_what_they_are_given():
     frontier = ax.lines[-1]
     assert list(frontier.get_xdata()) == [1, 3] and list(frontier.get_ydata()) == [0.5, 0.7] and "calls" in ax.get_xlabel()
     ax = plot_information([1.0, 0.5], [math.nan, 0.2])
+    assert [a.get_ylim()[0] for a in ax.figure.axes] == [0, 0]
+    assert all(a.get_ylim()[1] > 1.04 * top for a, top in zip(ax.figure.axes, (1.0, 0.2), strict=True))  # no marker is cut
     assert list(ax.lines[0].get_ydata()) == [1.0, 0.5] and plot_information([1.0], [0.0], ax) is ax
     matplotlib.pyplot.close("all")
 

@@ -174,6 +174,8 @@ def test_consensus_time_counts_rounds_of_standing_answers():
     runs = [run(answers=(("a", "b"), ("", "A"))), run(answers=(("a", "a"),)), run(answers=(("a", "b"),))]
     assert LIBRARY["consensus_time"].measure(runs, []) == 2
     assert LIBRARY["consensus_time"].measure(runs[2:], []) == math.inf
+    assert LIBRARY["consensus_time"].measure([run(answers=(("", ""), ("a", ""), ("", "A"), ("", "")))], []) == 3
+    assert LIBRARY["consensus_time"].measure([run(answers=(("", ""),))], []) == math.inf
 
 
 def test_tool_density_counts_calls_a_reply():

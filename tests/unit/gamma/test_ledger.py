@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collai.core import sqlite
 from collai.gamma import ledger as module
 from collai.gamma.ledger import Budget, BudgetExceeded, Ledger, LedgerError, OverrunError, Reservation, Usage
 
@@ -145,6 +146,18 @@ def test_amounts_that_are_none_are_refused(kind):
             kind(**{name: value})
 
 
+def test_amounts_that_would_overflow_are_refused():
+    for call in (lambda: Usage(usd=1e300), lambda: Budget(seconds=1e300), lambda: Usage(flops=10**400), lambda: Budget(calls=10**400)):
+        with pytest.raises(ValueError, match=r"(usd|seconds|flops|calls) must be at most 1e\+200, got 1"):
+            call()
+    ledger = Ledger(Budget(usd=1.0))
+    ledger.commit(ledger.reserve(Usage(flops=1e200, calls=10**199)), Usage(flops=1e200))
+    assert ledger.spent == Usage(flops=1e200)
+    with pytest.raises(BudgetExceeded, match=r"usd: requested 1e\+200, available 1"):
+        ledger.reserve(Usage(usd=1e200))
+    assert sum(part.usd for part in Budget(usd=1e200).split(2)) == 1e200
+
+
 @given(st.integers(0, 10**6), st.lists(st.one_of(st.integers(0, 9), st.floats(0, 5)), min_size=1, max_size=9))
 @quickly
 def test_parts_of_a_budget_sum_to_it_and_are_within_one_of_their_share(total, weights):
@@ -216,6 +229,32 @@ def test_a_ledger_above_can_refuse_and_the_least_is_what_is_available(make):
     assert list(child.to_frame()["event"]) == list(root.to_frame()["event"]) == ["reserve", "commit", "refuse", "reserve"]
     other = root.child(Budget())
     assert other.to_frame().empty and other.spent == Usage()
+
+
+def test_a_named_child_is_the_same_ledger_each_time(make):
+    root, cap = make(Budget(tokens=30)), Budget(tokens=9)
+    child = root.child(cap, "solver")
+    child.commit(child.reserve(Usage(5), key="k"), Usage(4))
+    again = root.child(cap, "solver")
+    assert again.spent == Usage(4) and again.reserve(Usage(5), key="k").actual == Usage(4) and again.remaining("tokens") == 5
+    others = [root.child(cap), root.child(cap), root.child(cap, "critic"), child.child(cap, "solver")]
+    for other in others:
+        assert other.spent == Usage() and not other.reserve(Usage(1), key="k").settled
+    assert root.reserved == Usage(4) and child.reserved == Usage(1)
+    with pytest.raises(ValueError, match=r"child 'solver' of run 'r' has Budget\(tokens=9, .*, got Budget\(tokens=8"):
+        root.child(Budget(tokens=8), "solver")
+
+
+def test_a_restarted_team_does_not_pay_again(tmp_path):
+    for settled in (False, True):
+        for agent in ("solver", "critic"):
+            child = Ledger(Budget(tokens=30), tmp_path / "book.db", "1").child(Budget(tokens=9), agent)
+            held = child.reserve(Usage(5), key="task 1")
+            assert held.settled == settled
+            if not settled:
+                child.commit(held, Usage(4))
+    assert child.spent == Usage(4) and Ledger(Budget(tokens=30), tmp_path / "book.db", "1").spent == Usage(8)
+    assert Ledger(Budget(), tmp_path / "book.db", "solver").spent == Usage()
 
 
 def test_a_committed_key_is_replayed_without_a_charge(make):
@@ -477,10 +516,37 @@ def test_a_forked_process_opens_the_file_anew(tmp_path):
     if not (pid := os.fork()):
         try:
             ledger.commit(ledger.reserve(Usage(5)), Usage(4))
-            os._exit(0 if ledger._book.owner == os.getpid() else 1)
+            os._exit(0)
         except BaseException:
             os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0 and ledger.spent == Usage(4) and ledger.recover() == 0 and ledger.reserved == Usage(1)
+
+
+def test_threads_of_a_forked_child_keep_the_book_and_the_cap(tmp_path):
+    for trial in range(2):
+        ledger, done = Ledger(Budget(tokens=400), tmp_path / f"{trial}.db"), []
+        ledger.commit(ledger.reserve(Usage(1)), Usage(1))
+        if not (pid := os.fork()):
+            signal.alarm(30)
+            gate = threading.Barrier(8)
+
+            def work(gate=gate, ledger=ledger, done=done):
+                gate.wait()
+                hammer(ledger, done, 20)
+                done.append("without an error")
+
+            threads = [threading.Thread(target=work) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            os._exit(8 - done.count("without an error"))
+        hammer(ledger, [], 5)
+        assert os.waitpid(pid, 0)[1] == 0
+        frame = ledger.to_frame()
+        charged = frame[frame["event"].isin(["commit", "fail"])]
+        assert (charged["prompt_tokens"] + charged["completion_tokens"]).sum() == ledger.spent.tokens <= 400
+        assert ledger.reserved == Usage() and 390 < ledger.peak("tokens") <= 400
 
 
 def test_a_busy_file_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
@@ -492,7 +558,7 @@ def test_a_busy_file_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
     ledger.reserve(Usage(1))
     timer.join()
     other.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(sqlite, "_PATIENCE", 0.05)
     with pytest.raises(sqlite3.OperationalError, match="database is locked"):
         ledger.reserve(Usage(1))
     other.execute("ROLLBACK")
@@ -503,3 +569,15 @@ def test_a_busy_file_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
 def test_reservations_say_what_they_are():
     assert repr(Reservation(3, "k", "a", "t", Usage(1))).endswith("open)")
     assert "settled, actual=Usage(prompt_tokens=1" in repr(Reservation(3, "k", "a", "t", Usage(2), Usage(1)))
+
+
+def test_the_measurement_gives_both_rates(monkeypatch):
+    assert module._in_memory(50) > 0 and module._through_file(40) > 0
+    rates = iter(range(1, 10))
+    monkeypatch.setattr(module, "_in_memory", lambda n: float(next(rates)))
+    monkeypatch.setattr(module, "_through_file", lambda n: 3.0)
+    rows = module.measure("cpu")
+    assert [(row["name"], row["measured"], row["low"], row["high"]) for row in rows] == [
+        ("ledger_memory", 5.0, 1.0, 9.0), ("ledger_file", 3.0, 3.0, 3.0)]
+    with pytest.raises(ValueError, match="device must be 'cpu', got 'cuda'"):
+        module.measure("cuda")

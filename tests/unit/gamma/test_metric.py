@@ -260,6 +260,7 @@ def test_a_team_that_solves_nothing_is_flagged_and_gets_an_honest_limit():
         most = 1 - 0.025 ** (1 / 30)
         least = s.mean() - scipy.stats.t.isf(0.025, 29) * s.std(ddof=1) / math.sqrt(30)
         assert result.ci == (0.0, pytest.approx(most / least, rel=1e-12)) and result.regime == "loss"
+        assert "Lemma 4" in result.flags[0] and "fieller" not in result.flags[0]
     binary = collaboration_gain(np.zeros(30), s > 0.5, "delta")
     assert binary.method == "bonett_price" and binary.ci[0] == 0.0 < binary.ci[1] and binary.flags
     assert collaboration_gain([0.0, 0.0], [0.5, 0.51]).regime == "undetermined"
@@ -270,6 +271,13 @@ def test_intervals_without_width_and_full_scores_are_flagged():
     assert any("no width" in flag for flag in collaboration_gain(s / 2, s).flags)
     full = collaboration_gain([1, 0, 1, 1], [1, 1, 1, 1])
     assert math.isnan(full.normalized_gain) and any("phi_sas is 1" in flag for flag in full.flags)
+
+
+@pytest.mark.parametrize("method", ["delta", "fieller", "gee", "bootstrap", "bca"])
+@pytest.mark.parametrize(("mas", "sas"), [([0.5, 1.0], [0.5, 1.0]), ([1, 1], [0.5, 0.5]), ([0.25, 0.5], [0.5, 1])])
+def test_an_interval_without_width_gives_no_verdict(method, mas, sas):
+    result = collaboration_gain([mas] * 2, [sas] * 2, method, n_boot=99)
+    assert result.regime == result.factor_class == "undetermined" and "no width" in result.flags[0]
 
 
 def test_equal_systems_have_gain_one_and_no_evidence():
@@ -447,6 +455,15 @@ def test_the_spend_matched_gain_reads_the_isotonic_curve_and_carries_its_noise(s
     assert result.se_log == pytest.approx(math.sqrt(np.sum(np.square(slopes)) / (n * (n - 1))), rel=1e-5)
     half = scipy.stats.t.isf(0.025, n - 1) * result.se_log
     assert np.allclose(np.log(result.ci), (result.log_gamma - half, result.log_gamma + half), atol=1e-9)
+
+
+def test_the_spend_matched_gain_has_flags_of_its_own():
+    rng = np.random.default_rng(0)
+    spend, sas = np.array([[100.0], [400.0]]) * np.ones(40), np.stack([(rng.random(40) < 0.5).astype(float), np.ones(40)])
+    half = gamma_at_spend((rng.random(40) < 0.7).astype(float), np.full(40, 150.0), sas, spend)
+    assert half.phi_sas < 1 and half.flags == () and any("phi_sas is 1" in flag for flag in half.cap_matched.flags)
+    none = gamma_at_spend(np.zeros(40), np.full(40, 150.0), sas, spend)
+    assert none.method == "fieller" and len(none.flags) == 1 and "Lemma 4" in none.flags[0]
 
 
 def test_a_dip_in_the_curve_is_pooled():

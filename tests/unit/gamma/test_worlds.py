@@ -334,6 +334,11 @@ def _index_of_arrays(monkeypatch):
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", repaired)
 
 
+def test_sizes_of_the_kernel_are_constants_by_the_text_of_their_annotation():
+    sizes = ("GROUPS", "VOTES", "CALLS", "INNER", "OUTER", "BLOCK")
+    assert worlds._votes_kernel.__annotations__ == dict.fromkeys(sizes, "tl.constexpr")
+
+
 @pytest.mark.skipif(triton_device() is None, reason="the kernel needs the package triton, and either a GPU or TRITON_INTERPRET=1")
 @pytest.mark.parametrize(("world", "n", "r"), CASES, ids=str)
 @pytest.mark.usefixtures("_index_of_arrays")
@@ -499,6 +504,12 @@ def test_drawn_searches_follow_the_closed_form():
 def test_known_slopes(b, slope):
     assert TreeWorld(b).alpha == slope
     assert TreeWorld(b).step(1e-9) == pytest.approx(slope * 1e-9, rel=1e-9)
+
+
+def test_the_slope_of_a_wide_node_is_a_number():
+    for b in (1025, 4001):  # b C(b-1, (b-1)/2) / 2^(b-1) grows like sqrt(2 b / pi)
+        assert TreeWorld(b).alpha == pytest.approx(math.sqrt(2 * b / math.pi), rel=1 / b)
+        assert TreeWorld(b, 0.5, 0.25).alpha == pytest.approx(0.5 * (0.25 + 0.75 * TreeWorld(b).alpha), rel=1e-12)
 
 
 @quick
