@@ -286,8 +286,10 @@ def test_a_new_file_in_which_somebody_writes_is_waited_for(tmp_path):
         other.execute("BEGIN EXCLUSIVE")
         timer = threading.Timer(0.1, lambda: other.execute("COMMIT"))
         timer.start()
-        add(make(tmp_path / "a.db"))
+        file = make(tmp_path / "a.db")
+        add(file)
         timer.join()
+        assert numbers(file) == [0] and not other.in_transaction
 
 
 def test_copies_and_changed_folders_lead_to_the_same_file(tmp_path, monkeypatch):
