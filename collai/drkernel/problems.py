@@ -149,7 +149,9 @@ def _seeded(seed: int) -> Iterator[None]:
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(gpus):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a trace of every call until CUDA starts
+            if gpus:
+                torch.cuda.manual_seed_all(seed)
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             yield
@@ -632,6 +634,11 @@ def _trace(self: "Problem", seed: int = 0, device: str | torch.device = "cpu") -
     return Trace(seen.reduction, seen.flops, least, seen.moved, fixed + seen.peak)
 
 # %% ../../nbs/drkernel/00_problems.ipynb #a8b01226
+def _rescaled(values: Sequence[Any], scale: float | int) -> list[Any]:
+    """Floating-point tensors times a factor, everything else as it is."""
+    return [v * scale if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
 @functools.lru_cache(256)
 def _traced(problem: "Problem", device: str) -> Trace:
     """Counts of a problem, made once: they depend on sizes only."""
@@ -741,7 +748,8 @@ class Trial:
                 for e, x, a in zip(self.expected, self.exact, self.allowed, strict=True)]
 
 # %% ../../nbs/drkernel/00_problems.ipynb #85f0202e
-def _make_trial(self: "Problem", input_seed: int, param_seed: int, device: str | torch.device = "cpu") -> Trial:
+def _make_trial(self: "Problem", input_seed: int, param_seed: int, device: str | torch.device = "cpu", *,
+                scale: float | int = 1.0) -> Trial:
     """Make inputs, parameters and the reference's answers with their tolerance.
 
     Parameters
@@ -750,6 +758,8 @@ def _make_trial(self: "Problem", input_seed: int, param_seed: int, device: str |
         Two secret seeds in [0, 2**32).
     device : str or torch.device
         Where the reference runs.
+    scale : float
+        Factor on the inputs that are floating-point tensors: the same question of another size.
 
     Returns
     -------
@@ -761,7 +771,7 @@ def _make_trial(self: "Problem", input_seed: int, param_seed: int, device: str |
     ValueError
         If the reference has no float64 version of its outputs; says why.
     """
-    model, inputs = self.model(param_seed, device), self.inputs(input_seed, device)
+    model, inputs = self.model(param_seed, device), _rescaled(self.inputs(input_seed, device), scale)
     expected = _forward(model, inputs)
     try:
         exact = [t.double() for t in _forward(model, inputs, torch.float64)]

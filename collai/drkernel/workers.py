@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['missing_layers', 'Sandbox', 'Ending', 'Child', 'Zygote', 'shared_memory', 'Lease', 'Record', 'LeasedQueue',
-           'RedisQueue']
+           'RedisQueue', 'ray_environment', 'RayQueue']
 
 # %% ../../nbs/drkernel/02_workers.ipynb #177d4aa5
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -109,13 +110,18 @@ def _readable() -> tuple[str, ...]:
     return (*system, *(p for p in python if p), str(Path(__file__).resolve().parents[1]))
 
 
-def _rights(folder: str, may_start: bool, readable: Sequence[str], writable: Sequence[str]) -> dict[str, int]:
-    """Rights by path: reading where programs are, everything but devices in the private folder."""
+def _rights(folder: str, may_start: bool, readable: Sequence[str], writable: Sequence[str],
+            threads: str = "") -> dict[str, int]:
+    """Rights by path: reading where programs are, everything but devices in the private folder.
+
+    `threads` is where the driver of a GPU writes the names of its threads.
+    """
     read = _READ_FILE | _READ_DIR | (_EXECUTE if may_start else 0)
     device = _READ_FILE | _WRITE_FILE | _IOCTL_DEV | _TRUNCATE
     everything = ((1 << 15) - 1) & ~_MAKE_DEVICES & (-1 if may_start else ~_EXECUTE)
     rights = {path: read for path in (*_readable(), *readable, "/dev/zero", "/dev/random", "/dev/urandom")}
     rights |= {path: device for path in ("/dev/null", "/dev/full", *glob.glob("/dev/nvidia*"))}
+    rights |= {threads: _READ_FILE | _READ_DIR | _WRITE_FILE | _TRUNCATE} if threads else {}
     return rights | {path: everything for path in (*writable, folder)}
 
 # %% ../../nbs/drkernel/02_workers.ipynb #c72f4dec
@@ -132,7 +138,7 @@ _NAMESPACES = (0x80, 0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x200
 _FULL = 0xFFFFFFFF
 
 
-def _seccomp(may_start: bool) -> None:
+def _seccomp(may_start: bool, threads: bool = True) -> None:
     """Deny, in every thread and for good, the system calls that reach out of this process."""
     import pyseccomp as sc
 
@@ -141,6 +147,7 @@ def _seccomp(may_start: bool) -> None:
     rules += [(name, sc.Arg(0, sc.NE, pid)) for name in ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")]
     rules += [("clone", sc.Arg(0, sc.MASKED_EQ, flag, flag)) for flag in (_PARENT, *_NAMESPACES)]
     rules += [] if may_start else [("clone", sc.Arg(0, sc.MASKED_EQ, _THREAD, 0))]
+    rules += [] if threads else [("clone", sc.Arg(0, sc.MASKED_EQ, _THREAD, _THREAD))]
     rules += [("fcntl", sc.Arg(1, sc.MASKED_EQ, _FULL, to)) for to in (8, 15)]  # signals by F_SETOWN, F_SETOWN_EX
     rules += [("ioctl", sc.Arg(1, sc.MASKED_EQ, _FULL, to)) for to in (0x8901, 0x8902, 0x5412, 0x541C)]  # and by ioctl
     rules += [("prlimit64", sc.Arg(0, sc.NE, 0)), ("prctl", sc.Arg(0, sc.MASKED_EQ, _FULL, 1))]  # PR_SET_PDEATHSIG
@@ -209,7 +216,7 @@ def _enter(self: Any, folder: str | os.PathLike[str]) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        The layers that are active now.
+        The layers that are active now; all of this machine but, with `cuda`, seccomp.
 
     Raises
     ------
@@ -219,12 +226,13 @@ def _enter(self: Any, folder: str | os.PathLike[str]) -> tuple[str, ...]:
     if (threads := len(os.listdir("/proc/self/task"))) != 1:
         raise RuntimeError(f"a sandbox is entered before the first thread is started, this process has {threads}")
     for name in self.wanted():
-        if name not in missing_layers() or (name == "landlock" and _landlock_abi()):
+        later = self.cuda and name == "seccomp"
+        if not later and (name not in missing_layers() or (name == "landlock" and _landlock_abi())):
             try:
                 self._layer(name, str(folder))
             except (OSError, RuntimeError) as error:
                 raise RuntimeError(f"sandbox layer {name!r} failed: {error}") from None
-    return self.active_layers()
+    return tuple(name for name in self.active_layers() if not (self.cuda and name == "seccomp"))
 
 # %% ../../nbs/drkernel/02_workers.ipynb #4cd9b597
 def _layer(self: Any, name: str, folder: str) -> None:
@@ -236,15 +244,31 @@ def _layer(self: Any, name: str, folder: str) -> None:
             _limit(kind, most)
         if self.cpu_seconds is not None:
             _limit("CPU", max(1, self.cpu_seconds))
-        if self.address_space:
+        if not self.cuda:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             _limit("AS", used + self.memory_mb * _MB)
     elif name == "capabilities":
         _drop_capabilities()
     elif name == "landlock":
-        _landlock(_rights(folder, self.processes > 1, self.readable, self.writable))
+        threads = f"/proc/{os.getpid()}/task" if self.cuda else ""
+        _landlock(_rights(folder, self.processes > 1, self.readable, self.writable, threads))
     else:
-        _seccomp(self.processes > 1)
+        _seccomp(self.processes > 1, self.threads)
+
+# %% ../../nbs/drkernel/02_workers.ipynb #f5b6e32b
+def _seal(self: Any) -> None:
+    """Filter the system calls of all threads of this process from now on: what `enter` leaves to do with `cuda`.
+
+    Raises
+    ------
+    RuntimeError
+        If the filter can't be loaded.
+    """
+    if self.cuda and "seccomp" in self.active_layers():
+        try:
+            self._layer("seccomp", "")
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"sandbox layer 'seccomp' failed: {error}") from None
 
 
 def _wanted(self: Any) -> tuple[str, ...]:
@@ -297,8 +321,8 @@ class Sandbox:
         Processor time of all its threads.
     processes : int
         1: it may neither fork nor exec. More, as a compiler needs: up to that many at once.
-    address_space : bool
-        False leaves virtual memory free, as CUDA needs; the watch on resident memory stays.
+    threads, cuda : bool
+        Whether it may start threads; room for a GPU's driver: virtual memory is free, no filter before `seal`.
     readable, writable : tuple of str
         Paths besides those of Python and the system (read) and the private folder (write).
 
@@ -313,11 +337,11 @@ class Sandbox:
     disk_mb: int = 256
     cpu_seconds: float | int | None = None
     processes: int = 1
-    address_space: bool = True
+    threads: bool = True
+    cuda: bool = False
     readable: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
-
-    enter, wanted, active_layers, _layer = _enter, _wanted, _active_layers, _layer
+    enter, seal, wanted, active_layers, _layer = _enter, _seal, _wanted, _active_layers, _layer
 
     def __post_init__(self) -> None:
         _check_sandbox(self)
@@ -390,11 +414,20 @@ def _open_bytes(pid: int, given: set[tuple[int, int]]) -> int | float:
     return total
 
 # %% ../../nbs/drkernel/02_workers.ipynb #dcb7f8ce
+def _is_deserted(pipe: int) -> bool:
+    """Whether nobody can read any more what is written to a pipe."""
+    look = select.poll()
+    look.register(pipe, 0)
+    return bool(look.poll(0))
+
+
 def _exceeds(self: Any) -> str:
-    """Name the limit that is exceeded; empty if none is."""
+    """Name the limit that is exceeded; empty if none is. Who is not waited for any more is stopped, too."""
     limits = self.limits
     if limits["timeout"] is not None and time.monotonic() - self.began > limits["timeout"]:
         return "timeout"
+    if _is_deserted(self.status):
+        return "stopped"
     if limits["memory"] is None:
         return ""
     tasks = _members(self.pid, limits["alone"])
@@ -549,7 +582,10 @@ def _serve(number: int, parent: int, root: str, preload: Sequence[str]) -> None:
     try:
         missing_layers()  # loads libseccomp once for all children
         for name in preload:
-            importlib.import_module(name)
+            module, _, function = name.partition(":")
+            found = importlib.import_module(module)
+            if function:
+                getattr(found, function)()
         gc.freeze()
         threads = len(os.listdir("/proc/self/task"))
         control.send(json.dumps({"threads": threads}).encode())
@@ -569,7 +605,7 @@ def _serve(number: int, parent: int, root: str, preload: Sequence[str]) -> None:
             child.reap()
         _remove(root)
 
-
+# %% ../../nbs/drkernel/02_workers.ipynb #ea26ae38
 def _remove(folder: str) -> None:
     """Delete a folder whatever an untrusted process made of it."""
     try:
@@ -763,7 +799,7 @@ def _check_spawn(self: Any, timeout: float | int | None) -> None:
     """Refuse what cannot start."""
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be > 0, got {timeout!r}")
-    if self._control.fileno() < 0:
+    if self._control.fileno() < 0 or not os.path.isdir(self.folder):  # the second is seen by who merely holds it
         raise RuntimeError("the zygote is closed")
 
 # %% ../../nbs/drkernel/02_workers.ipynb #fe0a4a60
@@ -801,7 +837,7 @@ def _spawn(self: Any, fn: Callable[..., Any], *arguments: Any, sandbox: Sandbox 
     request = pickle.dumps((fn, arguments, sandbox and vars(sandbox)))
     place = tempfile.mkdtemp(dir=self.folder) if folder is None else os.path.abspath(folder)
     child, theirs = _pipes(request, place, folder is None)
-    return self._started(child, _limits(sandbox, place, timeout), [*theirs, *fds])
+    return _started(self, child, _limits(sandbox, place, timeout), [*theirs, *fds])
 
 # %% ../../nbs/drkernel/02_workers.ipynb #6aea2fcf
 def _pipes(request: bytes, folder: str, own: bool) -> tuple[Child, list[int]]:
@@ -820,7 +856,7 @@ def _limits(sandbox: Sandbox | None, folder: str, timeout: float | int | None) -
     """What the zygote has to watch."""
     if sandbox is None:
         return {"folder": folder, "timeout": timeout, "memory": None, "alone": False}
-    alone = sandbox.processes == 1 and "seccomp" in sandbox.active_layers()
+    alone = sandbox.processes == 1 and "seccomp" in sandbox.active_layers() and not sandbox.cuda
     return {"folder": folder, "timeout": timeout, "memory": sandbox.memory_mb * _MB, "disk": sandbox.disk_mb * _MB,
             "processes": sandbox.processes, "alone": alone}
 
@@ -868,8 +904,39 @@ def _begin(self: Any, preload: Sequence[str], env: Mapping[str, str]) -> None:
         raise RuntimeError(f"no zygote: {text}")
 
 # %% ../../nbs/drkernel/02_workers.ipynb #d566093c
+def _fileno(self: Any) -> int:
+    """Descriptor by which another process can hold this zygote: one of `fds` of `spawn`, then `attach`."""
+    return self._control.fileno()
+
+
+def _attach(cls: type["Zygote"], fd: int, folder: str) -> "Zygote":
+    """Hold a zygote of another process: a child that was given its descriptor spawns children beside itself.
+
+    Parameters
+    ----------
+    fd : int
+        The descriptor, now owned by the result.
+    folder : str
+        `folder` of the zygote.
+
+    Returns
+    -------
+    Zygote
+        It can `spawn`; `close` lets go. The children end when the process that spawned them does.
+    """
+    zygote = cls.__new__(cls)
+    zygote.folder, zygote.pid, zygote._process = folder, os.getppid(), None
+    zygote._control = socket.socket(fileno=fd)
+    return zygote
+
+# %% ../../nbs/drkernel/02_workers.ipynb #150cd368
 def _close_zygote(self: Any) -> None:
-    """End the zygote and all its children and delete their folders. Twice is fine."""
+    """End the zygote and all its children and delete their folders. Twice is fine; a mere hold is let go."""
+    if self._process is None:
+        self._control.close()
+        return
+    with contextlib.suppress(OSError):
+        self._control.shutdown(socket.SHUT_RDWR)  # others may hold it, too
     self._control.close()
     try:
         self._process.wait(10)
@@ -887,7 +954,7 @@ class Zygote:
     Parameters
     ----------
     preload : sequence of str
-        Modules to import once; they must not start threads.
+        Modules to import once, and functions to call, as ``module:function``; they must not start threads.
     env : mapping, optional
         Environment variables besides the few that are passed on (paths, language, CUDA). Keys of services are not.
 
@@ -906,11 +973,12 @@ class Zygote:
 
     def __init__(self, preload: Sequence[str] = ("torch",), env: Mapping[str, str] | None = None) -> None:
         self.folder = tempfile.mkdtemp(prefix="collai-zygote-")
-        self._process: subprocess.Popen
-        self._begin(preload, env or {})
-        self.pid = self._process.pid
+        self._process: subprocess.Popen | None = None
+        self._control: socket.socket
+        _begin(self, preload, env or {})
+        self.pid: int = self._process.pid  # type: ignore[attr-defined]
 
-    spawn, close, _begin, _started = _spawn, _close_zygote, _begin, _started
+    spawn, close, fileno, attach = _spawn, _close_zygote, _fileno, classmethod(_attach)
 
     def __enter__(self) -> "Zygote":
         return self
@@ -1052,7 +1120,8 @@ def _text(name: str, value: Any) -> str:
         raise TypeError(f"{name} must be JSON: {error}") from None
 
 # %% ../../nbs/drkernel/02_workers.ipynb #f773cb45
-def _submit(self: Any, payload: Any, id: str | None = None, priority: int = 0) -> str:
+def _submit(self: Any, payload: Any, id: str | None = None, priority: int = 0,
+            end: tuple[str, Any] | None = None) -> str:
     """Put a task into the queue.
 
     Parameters
@@ -1063,6 +1132,8 @@ def _submit(self: Any, payload: Any, id: str | None = None, priority: int = 0) -
         Its name; made when None. Submitting the same again changes nothing.
     priority : int
         Higher ones are leased first, equal ones in the order of submission.
+    end : (str, object), optional
+        Status and body, where they are known already: recorded at once, as of a first attempt.
 
     Returns
     -------
@@ -1072,17 +1143,29 @@ def _submit(self: Any, payload: Any, id: str | None = None, priority: int = 0) -
     Raises
     ------
     TypeError
-        If JSON cannot write the payload.
+        If JSON cannot write the payload or the body.
     ValueError
         If another payload has this name.
     """
     text, id = _text("payload", payload), uuid.uuid4().hex if id is None else id
+    status, body = _known(end)
     with self._file.transaction() as db:
-        db.execute("INSERT OR IGNORE INTO tasks (id, priority, payload, state) VALUES (?, ?, ?, 'queued')",
-                   (id, operator.index(priority), text))
+        made = db.execute("INSERT OR IGNORE INTO tasks (id, priority, payload, state) VALUES (?, ?, ?, 'queued')",
+                          (id, operator.index(priority), text)).rowcount
         if db.execute("SELECT payload FROM tasks WHERE id = ?", (id,)).fetchone()[0] != text:
             raise ValueError(f"task {id!r} is in {self._file.path} with another payload")
+        if made and status:
+            db.execute("UPDATE tasks SET attempt = 1 WHERE id = ?", (id,))
+            _end(db, id, status, body)
     return id
+
+# %% ../../nbs/drkernel/02_workers.ipynb #05a4bd46
+def _known(end: tuple[str, Any] | None) -> tuple[str, str]:
+    """Status and body of an end that is known from the start; empty without."""
+    if end is None:
+        return "", ""
+    _check_status(end[0])
+    return end[0], _text("body", end[1])
 
 
 _LATE = "state = 'leased' AND (deadline <= :now OR deadline > :now + span)"
@@ -1093,6 +1176,17 @@ WHERE number = (SELECT number FROM tasks WHERE state = 'queued' ORDER BY priorit
 RETURNING id, payload, attempt"""
 
 # %% ../../nbs/drkernel/02_workers.ipynb #1ce7874d
+def _lease_to(self: Any, owner: str) -> Lease | None:
+    """Lease the next task to a process."""
+    with self._file.transaction("DEFERRED") as db:  # who waits for work blocks nobody
+        if db.execute(_ANY, {"now": time.time()}).fetchone() is None:
+            return None
+    with self._file.transaction() as db:
+        self._take_back(db)
+        row = db.execute(_NEXT, (owner, time.time() + self.seconds, self.seconds)).fetchone()
+    return row and Lease(row[0], json.loads(row[1]), row[2])
+
+
 def _lease(self: Any) -> Lease | None:
     """Lease the next task to this process.
 
@@ -1101,13 +1195,7 @@ def _lease(self: Any) -> Lease | None:
     Lease or None
         None when nothing is queued, also after leases that have run out were taken back.
     """
-    with self._file.transaction("DEFERRED") as db:  # who waits for work blocks nobody
-        if db.execute(_ANY, {"now": time.time()}).fetchone() is None:
-            return None
-    with self._file.transaction() as db:
-        self._take_back(db, only_late=True)
-        row = db.execute(_NEXT, (_owner(), time.time() + self.seconds, self.seconds)).fetchone()
-    return row and Lease(row[0], json.loads(row[1]), row[2])
+    return self._lease_to(_owner())
 
 # %% ../../nbs/drkernel/02_workers.ipynb #0e401418
 def _holds(db: sqlite3.Connection, lease: Lease) -> bool:
@@ -1212,15 +1300,26 @@ def _fail(self: Any, lease: Lease, attributable: bool, body: Any = None) -> str 
         return self._lose(db, lease.id, attributable, text) if _holds(db, lease) else None
 
 # %% ../../nbs/drkernel/02_workers.ipynb #91517d12
-def _take_back(self: Any, db: sqlite3.Connection, only_late: bool) -> list[str]:
-    """End the leases that have run out, and those of dead processes; a deadline too far off is a clock put back."""
+def _take_back(self: Any, db: sqlite3.Connection, gone: Sequence[str] = ()) -> list[str]:
+    """End the leases that have run out, and those of the dead; a deadline too far off is a clock put back."""
     found = db.execute(f"SELECT id FROM tasks WHERE {_LATE}", {"now": time.time()}).fetchall()  # noqa: S608
-    if not only_late:
-        held = db.execute("SELECT id, owner FROM tasks WHERE state = 'leased'").fetchall()
-        found += [(id,) for id, owner in held if _is_gone(owner) and (id,) not in found]
+    held = db.execute("SELECT id, owner FROM tasks WHERE state = 'leased'").fetchall() if gone else []
+    found += [(id,) for id, owner in held if owner in gone and (id,) not in found]
     for (id,) in found:
         self._lose(db, id, False, _text("body", {"error": "the worker was lost"}))
     return [id for (id,) in found]
+
+
+def _owners(self: Any) -> list[str]:
+    """Processes that hold a lease."""
+    with self._file.transaction("DEFERRED") as db:
+        return [owner for (owner,) in db.execute("SELECT DISTINCT owner FROM tasks WHERE state = 'leased'")]
+
+
+def _reclaim_from(self: Any, gone: Sequence[str]) -> list[str]:
+    """Take back the leases that have run out, and those of processes that are gone; a name is never given twice."""
+    with self._file.transaction() as db:
+        return self._take_back(db, gone)
 
 
 def _reclaim(self: Any) -> list[str]:
@@ -1231,8 +1330,7 @@ def _reclaim(self: Any) -> list[str]:
     list of str
         The tasks whose leases ended.
     """
-    with self._file.transaction() as db:
-        return self._take_back(db, only_late=False)
+    return self._reclaim_from([owner for owner in self._owners() if _is_gone(owner)])
 
 # %% ../../nbs/drkernel/02_workers.ipynb #f83124e8
 def _records(self: Any, id: str | None = None) -> list[Record]:
@@ -1302,7 +1400,7 @@ def _wait_record(self: Any, id: str, timeout: float | int | None = None) -> Reco
         if timeout is not None and time.monotonic() - began >= timeout:
             raise TimeoutError(f"task {id!r} is {state} after {timeout} s")
         time.sleep(pause)
-        pause = min(2 * pause, 0.02)
+        pause = min(2 * pause, 0.005)
     return found[0]
 
 # %% ../../nbs/drkernel/02_workers.ipynb #cf44d542
@@ -1326,7 +1424,7 @@ class LeasedQueue:
 
     Notes
     -----
-    States: queued -> leased -> an end, or back to queued. Propositions 1 and 2 of ``drkernel/02_workers``. It can be
+    States: queued -> leased -> an end, or back to queued. Propositions 2 and 3 of ``drkernel/02_workers``. It can be
     pickled; every process and thread may use its copy.
     """
 
@@ -1338,7 +1436,8 @@ class LeasedQueue:
 
     submit, lease, heartbeat, finish, fail, reclaim = _submit, _lease, _heartbeat, _finish, _fail, _reclaim
     records, wait, counts = _records, _wait_record, _counts
-    _lose, _take_back, _state = _lose, _take_back, _state
+    _lose, _take_back, _state, _lease_to = _lose, _take_back, _state, _lease_to
+    _owners, _reclaim_from = _owners, _reclaim_from
 
 # %% ../../nbs/drkernel/02_workers.ipynb #5b3dd67a
 _LUA = """
@@ -1357,7 +1456,9 @@ local function finish(status, body)
 end
 if op == 'submit' then
   if get('payload') then return get('payload') end
-  now('HSET', task, 'payload', ARGV[3], 'attempt', 0, 'deaths', 0, 'failures', 0); queue(); return ARGV[3]
+  now('HSET', task, 'payload', ARGV[3], 'attempt', 0, 'deaths', 0, 'failures', 0)
+  if ARGV[4] == '' then queue(); return ARGV[3] end
+  move(ARGV[4]); now('HSET', task, 'body', ARGV[5], 'attempt', 1); now('RPUSH', p .. ':records', id); return ARGV[3]
 elseif op == 'lease' then
   if get('entry') ~= ARGV[3] or get('state') ~= 'queued' then return false end
   move('leased'); now('HINCRBY', task, 'attempt', 1); return {get('payload'), get('attempt')}
@@ -1373,7 +1474,8 @@ release(); queue(); return 'queued'
 """
 
 # %% ../../nbs/drkernel/02_workers.ipynb #4f7f1196
-def _redis_submit(self: Any, payload: Any, id: str | None = None, priority: int = 0) -> str:
+def _redis_submit(self: Any, payload: Any, id: str | None = None, priority: int = 0,
+                  end: tuple[str, Any] | None = None) -> str:
     """Put a task into the queue; as `LeasedQueue.submit`, without priorities.
 
     Raises
@@ -1384,7 +1486,7 @@ def _redis_submit(self: Any, payload: Any, id: str | None = None, priority: int 
     if operator.index(priority):
         raise ValueError(f"a Redis stream has no priorities, got {priority!r}")
     text, id = _text("payload", payload), uuid.uuid4().hex if id is None else id
-    if self._move("submit", id, text) != text:
+    if self._move("submit", id, text, *_known(end)) != text:
         raise ValueError(f"task {id!r} is in {self.url} with another payload")
     return id
 
@@ -1513,3 +1615,190 @@ class RedisQueue:
 
     def __reduce__(self) -> tuple:
         return RedisQueue, (self.url, self.seconds, self.max_deaths, self.max_failures, self.name)
+
+# %% ../../nbs/drkernel/02_workers.ipynb #72265766
+class _Keeper:
+    """The actor that keeps a queue's file."""
+
+    def __init__(self, path: str, settings: tuple[float | int, int, int]) -> None:
+        self.path, self.settings = path, settings
+
+    @functools.cached_property
+    def queue(self) -> Any:
+        """The file; opened by a call, which can be told of errors."""
+        return LeasedQueue(self.path, *self.settings)
+
+    def agrees(self, settings: tuple[float | int, int, int]) -> bool:
+        """Whether the file can be opened and another client wants what the first one wanted."""
+        return self.queue is not None and self.settings == settings
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Hand a move on to the queue."""
+        return getattr(self.queue, name)(*args)
+
+# %% ../../nbs/drkernel/02_workers.ipynb #4ed39aab
+_RAY_LEFT = False  # whether this process was forked from one that Ray serves
+
+
+def _after_fork() -> None:
+    """Remember that the connection to Ray stayed with the parent; using it here would wait for ever."""
+    global _RAY_LEFT
+    _RAY_LEFT = _RAY_LEFT or getattr(sys.modules.get("ray"), "is_initialized", bool)()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def ray_environment() -> dict[str, str]:
+    """Say where Ray finds its token, for processes with another home folder; the token stays where it is.
+
+    Returns
+    -------
+    dict of str
+        Environment variables; empty where Ray has no file with a token.
+    """
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    found = {"RAY_AUTH_TOKEN_PATH": path} if os.path.exists(path) else {}
+    return found | {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
+
+
+def _check_fork() -> None:
+    """Refuse to use the parent's connection."""
+    if _RAY_LEFT:
+        raise RuntimeError("Ray does not survive a fork: send the queue, pickled, to a fresh process")
+
+# %% ../../nbs/drkernel/02_workers.ipynb #e1e78983
+def _ray_connect(self: Any) -> None:
+    """Reach the cluster, and find or make the keeper."""
+    _check_fork()
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("a queue on Ray needs the extra [ray]: pip install collai[ray]") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(self.address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConnectionError(f"no Ray at {self.address}: {error}") from None
+    _find_keeper(self, ray)
+
+# %% ../../nbs/drkernel/02_workers.ipynb #5d9cd5a6
+def _find_keeper(self: Any, ray: Any) -> None:
+    """Find the actor that keeps the file, or make it."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context()
+    self.address = here.gcs_address  # where a pickled copy connects
+    self.url = f"ray://{self.address}{self.path}"
+    place = NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False)
+    settings = (self.seconds, self.max_deaths, self.max_failures)
+    self._keeper = ray.remote(_Keeper).options(
+        name=f"queue {self.path}", namespace="collai", lifetime="detached", get_if_exists=True, num_cpus=0,
+        max_restarts=-1, max_task_retries=-1, scheduling_strategy=place).remote(self.path, settings)
+    try:
+        agrees = self._ask("agrees", settings)
+    except ValueError:
+        ray.kill(self._keeper)  # of no use to anyone
+        raise
+    if not agrees:
+        raise ValueError(f"queue {self.path} is kept with other (seconds, max_deaths, max_failures) than {settings}")
+
+
+def _ask(self: Any, method: str, *args: Any) -> Any:
+    """Call the keeper; its errors are raised here as they were there."""
+    import ray
+
+    _check_fork()
+    try:
+        return ray.get(getattr(self._keeper, method).remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayActorError as error:
+        raise ConnectionError(f"no keeper of queue {self.path} on Ray at {self.address}: {error}") from None
+
+# %% ../../nbs/drkernel/02_workers.ipynb #6499a16a
+def _ray_submit(self: Any, payload: Any, id: str | None = None, priority: int = 0,
+                end: tuple[str, Any] | None = None) -> str:
+    """Put a task into the queue; as `LeasedQueue.submit`."""
+    return self._ask("call", "submit", payload, uuid.uuid4().hex if id is None else id, priority, end)
+
+
+def _ray_lease(self: Any) -> Lease | None:
+    """Lease the next task to this process; as `LeasedQueue.lease`."""
+    return self._ask("call", "_lease_to", _owner())
+
+
+def _ray_heartbeat(self: Any, lease: Lease) -> bool:
+    """Extend a lease; as `LeasedQueue.heartbeat`."""
+    return self._ask("call", "heartbeat", lease)
+
+
+def _ray_finish(self: Any, lease: Lease, status: str, body: Any = None) -> bool:
+    """Record how a task ended; as `LeasedQueue.finish`, but False is also the answer that a keeper's death delayed."""
+    return self._ask("call", "finish", lease, status, body)
+
+
+def _ray_fail(self: Any, lease: Lease, attributable: bool, body: Any = None) -> str | None:
+    """Give a lease back without a result; as `LeasedQueue.fail`, but None is also the answer after a keeper's death."""
+    return self._ask("call", "fail", lease, attributable, body)
+
+# %% ../../nbs/drkernel/02_workers.ipynb #f359c0d9
+def _ray_reclaim(self: Any) -> list[str]:
+    """Take back what no living process works on; as `LeasedQueue.reclaim`."""
+    return self._ask("call", "_reclaim_from", [owner for owner in self._ask("call", "_owners") if _is_gone(owner)])
+
+
+def _ray_records(self: Any, id: str | None = None) -> list[Record]:
+    """List the ends in order; as `LeasedQueue.records`."""
+    return self._ask("call", "records", id)
+
+
+def _ray_counts(self: Any) -> dict[str, int]:
+    """Count the tasks by state; as `LeasedQueue.counts`."""
+    return self._ask("call", "counts")
+
+
+def _ray_state(self: Any, id: str) -> str | None:
+    """State of a task; None when there is none."""
+    return self._ask("call", "_state", id)
+
+# %% ../../nbs/drkernel/02_workers.ipynb #f99ee6ab
+class RayQueue:
+    """`LeasedQueue` for the nodes of a Ray cluster, with the same methods; needs the extra ``ray``.
+
+    Parameters
+    ----------
+    path : str or path-like
+        SQLite file on the node of the first process that opens it. An old one is continued.
+    address : str
+        Cluster to connect to, unless this process is connected: "auto" for the one of this computer, "host:port", or
+        "local" for one that ends with this process.
+    seconds, max_deaths, max_failures
+        As in `LeasedQueue`; the same for all that share the file.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive or not the keeper's, or the file is no queue.
+    ImportError, ConnectionError
+        If ray is missing; if no cluster answers, or the keeper is lost for good.
+
+    Notes
+    -----
+    One actor keeps the file and outlives this process. Other processes get a copy pickled; a fork can't use it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], address: str = "auto", seconds: float | int = 10.0,
+                 max_deaths: int = 2, max_failures: int = 5) -> None:
+        _check_queue(seconds, max_deaths, max_failures)
+        self.seconds, self.max_deaths, self.max_failures = seconds, max_deaths, max_failures
+        self.path, self.address = os.path.abspath(path), address
+        self._connect()
+
+    submit, lease, heartbeat, finish, fail = _ray_submit, _ray_lease, _ray_heartbeat, _ray_finish, _ray_fail
+    reclaim, records, counts, wait = _ray_reclaim, _ray_records, _ray_counts, _wait_record
+    _connect, _ask, _state = _ray_connect, _ask, _ray_state
+
+    def __reduce__(self) -> tuple:
+        return RayQueue, (self.path, self.address, self.seconds, self.max_deaths, self.max_failures)

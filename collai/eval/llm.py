@@ -1595,6 +1595,10 @@ def _graphed(step: Callable[[], None]) -> Callable[[], None]:  # pragma: no cove
     return graph.replay
 
 # %% ../../nbs/eval/01_llm.ipynb #c370adb2
+_FUSED = {"coordinate_descent_tuning": True, "combo_kernels": True, "benchmark_combo_kernel": True,
+          "triton.enable_pdl": True}  # side by side in one launch, and a launch begins before the last one has ended
+
+
 def _measure_decode(new: int = 40, rounds: int = 5) -> dict[str, Any]:  # pragma: no cover
     """Steps a second of one request as a share of (eval.1.5); the peer is plain `generate`."""
     import torch
@@ -1616,7 +1620,7 @@ def _measure_decode(new: int = 40, rounds: int = 5) -> dict[str, Any]:  # pragma
         with torch.no_grad():
             step, said = _greedy_step(model, ids, 40 + (rounds + 1) * new)
             if name == "compiled graph":  # products of one row become sums that fuse with what stands around them
-                step = torch.compile(step, options={"coordinate_descent_tuning": True})
+                step = torch.compile(step, options=_FUSED)
             rates[name] = _rate(_graphed(step), new, 1, rounds)
             gaps[name] = _worst_gap(model, said[:, : 36 + (rounds + 1) * new], 32)
     best = max(gaps, key=lambda name: float(np.median(rates[name])))

@@ -19,7 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collai.drkernel import workers
-from collai.drkernel.workers import Ending, LeasedQueue, RedisQueue, Sandbox, Zygote, missing_layers, shared_memory
+from collai.drkernel.workers import (
+    Ending,
+    LeasedQueue,
+    RayQueue,
+    RedisQueue,
+    Sandbox,
+    Zygote,
+    missing_layers,
+    shared_memory,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 complete = pytest.mark.skipif(bool(missing_layers()), reason=f"a sandbox layer is missing: {missing_layers()}")
@@ -138,6 +147,53 @@ def test_closing_the_zygote_first_stops_its_children():
     child.close()
     with pytest.raises(ValueError, match=rf"child {child.pid} is closed"):
         child.output()
+
+
+@linux
+def test_a_function_is_called_once_before_the_first_fork(tmp_path, monkeypatch):
+    (tmp_path / "made_ready.py").write_text("import os\ndef ready(): os.environ['READY'] = str(os.getpid())\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Zygote(("made_ready:ready",)) as made:
+        assert run(made, "import os; print(os.environ['READY'])", None)[1] == f"{made.pid}\n"
+    with pytest.raises(RuntimeError, match="no zygote: AttributeError: .* has no attribute 'steady'"):
+        Zygote(("made_ready:steady",))
+
+
+SPAWNER = """
+import os, time
+from collai.drkernel.workers import Zygote
+zygote = Zygote.attach(5, folder)
+child = zygote.spawn(time.sleep, 600)
+with zygote.spawn(exec, "import os; os.write(4, b'hi')") as other:
+    os.write(4, f"{child.pid} {os.read(other.stdout, 9).decode()} {other.wait(10).code} {zygote.pid}".encode())
+time.sleep(600)
+"""
+
+
+@linux
+def test_a_child_spawns_others_which_end_with_it(zygote):
+    with zygote.spawn(exec, SPAWNER, {"folder": zygote.folder}, fds=[zygote.fileno()]) as judge:
+        pid, *said = os.read(judge.stdout, 99).decode().split()
+        assert said == ["hi", "0", str(zygote.pid)] and not gone(int(pid))
+        os.kill(judge.pid, signal.SIGKILL)
+        assert judge.wait(10) == Ending("signal", -9) and soon(lambda: gone(int(pid)))
+    assert run(zygote, "print('next')", None)[1] == "next\n"
+
+
+@linux
+def test_letting_go_of_a_hold_ends_nothing_and_closing_does_not_wait_for_holders():
+    made = Zygote(())
+    hold = Zygote.attach(os.dup(made.fileno()), made.folder)
+    other = Zygote.attach(os.dup(made.fileno()), made.folder)
+    other.close()
+    with hold.spawn(exec, "print('here')") as child:
+        assert child.wait(10).code == 0 and child.output() == "here\n"
+    began = time.monotonic()
+    made.close()
+    assert time.monotonic() - began < 2 and gone(made.pid) and not os.path.exists(made.folder)
+    with pytest.raises(RuntimeError, match="the zygote is closed"):
+        hold.spawn(print)
+    hold.close()
 
 
 @linux
@@ -303,8 +359,9 @@ WATCHED = {
     "files without a name": ("import os; keep = []\nfor i in range(99):\n    keep.append(open('x', 'wb'))\n"
                              "    keep[-1].write(bytes(1 << 20)); keep[-1].flush(); os.unlink('x')\nwhile True: pass", {}, "disk"),
     "folders in folders": ("import os\nwhile True: os.mkdir('d'); os.chdir('d')", {}, "disk"),
-    "resident memory": ("x = bytearray(b'1') * (300 << 20)\nwhile True: pass", {"address_space": False}, "memory"),
+    "resident memory": ("x = bytearray(b'1') * (300 << 20)\nwhile True: pass", {"cuda": True}, "memory"),
     "a fork bomb": ("import os\nwhile True: os.fork()", {"processes": 8}, "processes"),
+    "a fork before the seal": ("import os, time\nos.fork(); time.sleep(60)", {"cuda": True}, "processes"),
 }
 
 
@@ -512,7 +569,7 @@ def test_a_layer_that_fails_stops_the_child(tmp_path, monkeypatch):
 
     def act():
         with pytest.raises(RuntimeError, match=r"sandbox layer 'landlock' failed: \[Errno 1\] not today"):
-            Sandbox("auto", address_space=False).enter(tmp_path)
+            Sandbox("auto", cuda=True).enter(tmp_path)
         return 0
 
     assert in_fork(act) == 0
@@ -542,6 +599,59 @@ start.set(); thread.join(); print(seen)
     assert run(zygote, source, None)[1] == "['refused']\n"
 
 
+@complete
+def test_seal_filters_every_thread_at_once(zygote):
+    source = """
+import os, socket, threading
+from collai.drkernel.workers import Sandbox
+box, start, ready, seen = Sandbox("strict", cuda=True), threading.Event(), threading.Event(), []
+def refused(act):
+    try: act()
+    except PermissionError: return True
+    return False
+def late():
+    seen.append(refused(socket.socket))
+    ready.set(); start.wait()
+    seen.extend([refused(socket.socket), refused(os.fork)])
+layers = box.enter(".")
+thread = threading.Thread(target=late); thread.start(); ready.wait()
+before = refused(socket.socket)
+box.seal(); start.set(); thread.join()
+open(f"/proc/self/task/{os.getpid()}/comm", "w").write("named")  # as the driver does
+print("seccomp" in layers, len(layers), before, seen, refused(socket.socket), refused(os.fork))
+"""
+    assert run(zygote, source, None) == (Ending("exit", 0), "False 4 False [False, True, True] True True\n")
+
+
+@complete
+def test_only_a_sandbox_for_a_gpu_lets_threads_be_named(zygote):
+    source = "import os; open(f'/proc/self/task/{os.getpid()}/comm', 'w').write('named')"
+    assert run(zygote, source, Sandbox("strict", cuda=True))[0] == ("exit", 0)
+    end, text = run(zygote, source, Sandbox("strict"))
+    assert end == ("exit", 1) and "PermissionError" in text
+
+
+@complete
+def test_a_seal_that_fails_is_said(zygote):
+    source = """
+from collai.drkernel import workers
+box = workers.Sandbox("strict", cuda=True); box.enter(".")
+def fails(*_): raise OSError(1, "not today")
+workers._seccomp = fails
+box.seal()
+"""
+    assert "RuntimeError: sandbox layer 'seccomp' failed: [Errno 1] not today" in run(zygote, source, None)[1]
+    assert Sandbox("strict").seal() is None  # nothing is left to do
+
+
+@complete
+def test_threads_can_be_denied(zygote):
+    source = "import threading; threading.Thread(target=print, args=('it ran',)).start()"
+    assert run(zygote, source, Sandbox("strict")) == (Ending("exit", 0), "it ran\n")
+    end, text = run(zygote, source, Sandbox("strict", threads=False))
+    assert end == Ending("exit", 1) and "can't start new thread" in text
+
+
 # --- queue ------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -558,13 +668,27 @@ def server(tmp_path_factory):
         process.terminate()
 
 
-@pytest.fixture(params=["file", "redis"])
+@pytest.fixture(scope="module")
+def cluster():
+    """A running Ray cluster of this computer."""
+    ray = pytest.importorskip("ray", reason="needs the package ray")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20,
+             logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(params=["file", "redis", "ray"])
 def make(request, tmp_path):
-    """Opens one queue again and again, on a file or a server."""
+    """Opens one queue again and again, on a file, a server or a cluster."""
     if request.param == "file":
-        return lambda **options: LeasedQueue(tmp_path / "q.db", **options)
+        return (yield lambda **options: LeasedQueue(tmp_path / "q.db", **options))
+    if request.param == "ray":
+        ray, made = request.getfixturevalue("cluster"), []
+        yield lambda **options: made.append(RayQueue(tmp_path / "q.db", **options)) or made[-1]
+        return ray.kill(made[-1]._keeper) if made else None
     url = request.getfixturevalue("server")
-    return lambda **options: RedisQueue(url, name=str(tmp_path), **options)
+    yield lambda **options: RedisQueue(url, name=str(tmp_path), **options)
 
 
 
@@ -587,6 +711,20 @@ def test_a_task_goes_through_the_queue_and_is_recorded_once(make):
     assert queue.records() == queue.records(names[0]) == [(names[0], "ok", {"speedup": 2.0}, 1)] and queue.records("y") == []
     assert queue.wait(names[0]).body == {"speedup": 2.0} and not queue.heartbeat(leases[0])
     assert queue.counts() == {"leased": 4, "ok": 1}
+
+
+def test_a_known_end_is_recorded_at_once(make):
+    queue = make()
+    assert queue.submit({"n": 1}, id="known", end=("ok", {"speedup": 2.0})) == "known"
+    assert queue.records() == [("known", "ok", {"speedup": 2.0}, 1)] and queue.lease() is None
+    assert queue.wait("known", timeout=0).status == "ok" and queue.counts() == {"ok": 1}
+    assert queue.submit({"n": 1}, id="known", end=("crashed", None)) == "known" == queue.submit({"n": 1}, id="known")
+    queue.submit(2, id="open")
+    queue.submit(2, id="open", end=("ok", 2))  # it is there already
+    assert queue.counts() == {"ok": 1, "queued": 1} and len(queue.records()) == 1 and queue.reclaim() == []
+    with pytest.raises(ValueError, match="with another payload"):
+        queue.submit(3, id="known", end=("ok", 3))
+    assert queue.finish(queue.lease(), "ok") and [r.id for r in queue.records()] == ["known", "open"]
 
 
 def test_deaths_and_failures_are_counted_apart_and_both_end(make):
@@ -629,7 +767,8 @@ def test_a_clock_that_was_put_back_blocks_no_task(tmp_path, monkeypatch):
 def test_a_new_start_on_the_same_file_takes_up_what_dead_workers_held(make):
     queue = make()
     names = [queue.submit(n) for n in range(3)]
-    assert in_fork(lambda: len([(other := make()).lease(), other.lease()])) == 2
+    take = "import pickle, sys; q = pickle.load(sys.stdin.buffer); print(sum(q.lease() is not None for _ in range(2)))"
+    assert subprocess.run([sys.executable, "-c", take], input=pickle.dumps(queue), capture_output=True).stdout == b"2\n"
     mine = queue.lease()
     again = make()
     assert sorted(again.reclaim()) == sorted(names[:2]) and again.reclaim() == []
@@ -654,6 +793,8 @@ def test_waiting_ends(make):
 @pytest.mark.parametrize(("act", "error", "message"), [
     (lambda q: q.submit({1, 2}), TypeError, "payload must be JSON: .*set"),
     (lambda q: [q.submit(1, id="a"), q.submit(2, id="a")], ValueError, r"task 'a' is in .* with another payload"),
+    (lambda q: q.submit(1, end=("leased", 1)), ValueError, "status must name an end, got 'leased'"),
+    (lambda q: q.submit(1, end=("ok", {1})), TypeError, "body must be JSON: .*set"),
     (lambda q: q.finish(q.lease(), "queued"), ValueError, "status must name an end, got 'queued'"),
     (lambda q: q.finish(q.lease(), "ok", object()), TypeError, "body must be JSON"),
     (lambda q: q.fail(q.lease(), True, object()), TypeError, "body must be JSON"),
@@ -676,6 +817,9 @@ def test_a_queue_that_cannot_be_is_refused(make, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(ImportError, match=r"needs the extra \[redis\]: pip install collai\[redis\]"):
         RedisQueue("redis://localhost")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"needs the extra \[ray\]: pip install collai\[ray\]"):
+        RayQueue(tmp_path / "q.db")
 
 
 def test_what_only_redis_refuses(server, tmp_path):
@@ -750,6 +894,86 @@ def test_the_queue_on_redis_agrees_with_the_same_model(server, moves):
     follow(RedisQueue(server, name=uuid.uuid4().hex), late_on_server, moves)
 
 
+@pytest.fixture(scope="module")
+def queue_on_ray(cluster, tmp_path_factory):
+    """A queue and its file; the keeper of one serves many tests."""
+    queue = RayQueue(tmp_path_factory.mktemp("ray") / "q.db")
+    yield queue, LeasedQueue(queue.path)
+    cluster.kill(queue._keeper)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(moves=scripts)
+def test_the_queue_on_ray_agrees_with_the_same_model(queue_on_ray, moves):
+    queue, file = queue_on_ray
+    for table in ("tasks", "records"):
+        file._file.rows(f"DELETE FROM {table}")  # noqa: S608
+    follow(queue, lambda _: late_in_file(file), moves)
+
+
+RAY_WORK = """
+import pickle, sys, time
+queue = pickle.load(sys.stdin.buffer)
+print(flush=True)
+while lease := queue.lease():
+    time.sleep(0.01)
+    queue.finish(lease, "ok", lease.payload * 2)
+"""
+
+
+def hire_on_ray(queue):
+    """A worker that has reached the cluster."""
+    worker = subprocess.Popen([sys.executable, "-c", RAY_WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    worker.stdin.write(pickle.dumps(queue))
+    worker.stdin.close()
+    worker.stdout.readline()
+    return worker
+
+
+def test_workers_and_keeper_on_ray_are_killed_and_every_task_has_one_record(cluster, tmp_path):
+    queue = RayQueue(tmp_path / "q.db", seconds=1.0, max_failures=100)
+    find = queue._keeper.__ray_call__.remote
+    names, keepers = [queue.submit(n) for n in range(300)], [cluster.get(find(lambda _: os.getpid()))]
+    staff = [hire_on_ray(queue) for _ in range(2)]
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(keepers[-1], signal.SIGKILL)
+        keepers.append(cluster.get(find(lambda _: os.getpid())))
+        staff[0].kill()
+        staff[0].wait()
+        queue.reclaim()
+        staff.append(hire_on_ray(queue))
+        staff = staff[1:]
+    assert soon(lambda: set(queue.counts()) == {"ok"}, 20)
+    [worker.wait(20) for worker in staff]
+    assert len(set(keepers)) == 3 and sorted((r.id, r.body) for r in queue.records()) == sorted(
+        (name, 2 * n) for n, name in enumerate(names))
+    cluster.kill(queue._keeper)
+    again = RayQueue(tmp_path / "q.db", seconds=1.0, max_failures=100)  # a new keeper, the old file
+    assert len(again.records()) == 300
+    cluster.kill(again._keeper)
+
+
+def test_what_only_ray_refuses(cluster, tmp_path):
+    queue = RayQueue(tmp_path / "q.db")
+    with pytest.raises(ValueError, match=r"q\.db is kept with other .* than \(3\.0, 2, 5\)"):
+        RayQueue(tmp_path / "q.db", seconds=3.0)
+    with pytest.raises(ValueError, match="is no queue"):
+        RayQueue(__file__)
+    assert in_fork(lambda: refused(queue.counts) + 2 * refused(lambda: RayQueue(tmp_path / "r.db"))) == 3
+    cluster.kill(queue._keeper)
+    assert soon(lambda: refused(queue.counts, ConnectionError, "no keeper of queue"))
+
+
+def refused(act, kind=RuntimeError, text="Ray does not survive a fork"):
+    """Whether an error is raised that says this."""
+    try:
+        act()
+    except kind as error:
+        return text in str(error)
+    return False
+
+
 WORK = """
 import pickle, time
 queue = pickle.loads(queue)
@@ -760,6 +984,7 @@ while lease := queue.lease():
 
 
 @linux
+@pytest.mark.parametrize("make", ["file", "redis"], indirect=True)
 def test_workers_killed_at_random_lose_no_task_and_record_none_twice(make):
     rng, kills, queue = random.Random(0), 0, make(max_failures=100)  # noqa: S311
     globs = {"queue": pickle.dumps(queue)}
