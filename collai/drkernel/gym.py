@@ -1720,7 +1720,7 @@ def _regions(self: Any, bench: _Bench, expected: bool = False) -> dict[str, Any]
 
 _CLAIMS = 1 << 18
 
-# %% ../../nbs/drkernel/03_gym.ipynb #a024e39a
+# %% ../../nbs/drkernel/03_gym.ipynb #f72f6e75
 def _compile_first(self: Any, task: Task, code: str, bench: _Bench, side: _Side) -> None:  # pragma: no cover
     """Let Triton compile in a child that may start programs; the other child finds the results."""
     if self.device != "cuda":
@@ -1735,8 +1735,7 @@ def _compile_first(self: Any, task: Task, code: str, bench: _Bench, side: _Side)
                 bench.put(bench.trial(0))
                 helper.ask(b"m", bench.order(0))
                 helper.ask(b"g\1")
-            except _Ended as end:
-                self.said = end.error
+            except _Ended as end:  # other mistakes show again where the candidate is judged
                 if end.status in ("compile_error", "timeout", "oom"):
                     raise
         for made in Path(folder).iterdir():

@@ -795,8 +795,9 @@ def test_workers_killed_at_random_lose_no_task_and_record_none_twice(fleet):
     rng, kills, before = random.Random(0), 0, len(fleet.records())  # noqa: S311
     tasks = [task(candidate(f"# killed {n}") if n % 3 == 0 else sleeper(0.05, f"killed {n}")) for n in range(KILLED_TASKS)]
     ids = [fleet.submit(one) for one in tasks]
-    while len(fleet.records()) < before + KILLED_TASKS:
-        time.sleep(rng.uniform(0.1, 0.4))
+    while (seen := len(fleet.records())) < before + KILLED_TASKS:
+        assert soon(lambda seen=seen: len(fleet.records()) > seen, 30)  # something ends between two kills, so no task meets five
+        time.sleep(rng.uniform(0, 0.2))
         if pids := fleet.worker_pids():
             kill(rng.choice(pids))
             kills += 1
@@ -804,9 +805,7 @@ def test_workers_killed_at_random_lose_no_task_and_record_none_twice(fleet):
     assert sorted(r.task_id for r in records) == sorted(ids) and kills >= 2
     expected = ["ok" if n % 3 == 0 else "runtime_error" for n in range(KILLED_TASKS)]
     results = [fleet.result(id) for id in ids]
-    lost = [r for r in results if r.status == "infra_error"]  # five kills hit it
-    assert all(r.attempts == 5 and r.error == "the worker was lost" for r in lost)
-    assert all(r.status in (want, "infra_error") for r, want in zip(results, expected, strict=True))
+    assert [r.status for r in results] == expected, [(r.error, r.flags) for r in results if r.status not in expected]
     assert KILLED_TASKS < sum(r.attempts for r in records) <= KILLED_TASKS + kills
     assert soon(lambda: complete(fleet))
 
