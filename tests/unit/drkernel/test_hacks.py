@@ -275,6 +275,7 @@ def test_the_naive_judge_believes_an_honest_kernel_and_refuses_a_wrong_one():
 
 def test_the_naive_judge_is_fooled_by_a_cache_a_lazy_tensor_a_comparator_and_a_frame(monkeypatch):
     monkeypatch.setattr(torch, "allclose", torch.allclose)
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)  # a busy machine must not decide
     with torch.no_grad():
         for name in ("pointer_cache", "lazy_tensor", "frame_walk", "zeros_pass", "comparator_patch"):
             case = corpus()[name]
