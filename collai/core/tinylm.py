@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import nn
 
 # %% ../../nbs/core/06_tinylm.ipynb #0d4bb228
@@ -209,8 +209,10 @@ def _rotate(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 
 
 def _allowed(attention_mask: torch.Tensor | None, new: int, total: int,
-             device: torch.device) -> Bool[torch.Tensor, "..."] | None:
+             device: torch.device) -> torch.Tensor | None:
     """Which of `total` positions each of the `new` last ones may look at; None means plain causal."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
     if attention_mask is None and new == total:
         return None
     place = torch.arange(total, device=device)
@@ -318,7 +320,9 @@ def _check_call(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, ca
         raise ValueError(f"the cache has {cache.keys.shape[1]} rows, input_ids has {b}")
     if cache is not None and cache.fixed and (t != 1 or attention_mask is None):
         raise ValueError(f"a fixed cache takes one token a call and an attention_mask, got {t} tokens")
-    if attention_mask is not None and attention_mask.shape != (b, total):
+    if attention_mask is None or (cache is None and attention_mask.shape == (b, 1, t, t)):
+        return
+    if attention_mask.shape != (b, total):
         raise ValueError(f"attention_mask must be {(b, total)}, one entry a position, got {tuple(attention_mask.shape)}")
 
 # %% ../../nbs/core/06_tinylm.ipynb #7cfd14a5
@@ -376,7 +380,8 @@ def _forward(self: "_Policy", input_ids: Int[torch.Tensor, "B T"], attention_mas
     input_ids : torch.Tensor, shape (B, T), int64
         New tokens.
     attention_mask : torch.Tensor, shape (B, K), optional
-        1 for tokens, 0 for padding, over the positions in the cache and the new ones.
+        1 for tokens, 0 for padding, over the positions in the cache and the new ones. Or, without a cache, of shape
+        (B, 1, T, T): which positions (last axis) each position looks at, True or added to the scores, as in transformers.
     position_ids : torch.Tensor, shape (B, T), int64, optional
         Places in the text; None counts on from the cache.
     past_key_values : KVCache, optional

@@ -218,3 +218,29 @@ def test_the_tokenizer_refuses_what_it_does_not_know():
         with pytest.raises(ValueError, match=text):
             call()
     assert CharTokenizer("ab").decode([0, 2, 1], skip_special_tokens=False) == "<pad>a<eos>"
+
+
+def test_a_tree_of_texts_in_one_pass_reads_as_each_text_alone():
+    """With a mask of (B, 1, T, T), branches that share a beginning are packed behind it and do not see each other."""
+    model = TinyLM(vocab_size=11, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24, seed=3)
+    trunk, twigs = [1, 5, 2, 9, 4, 3], [(3, [7, 8]), (6, [7, 8, 2]), (1, [4])]
+    ids, place = list(trunk), list(range(6))
+    for start, twig in twigs:
+        ids, place = ids + twig, place + list(range(start, start + len(twig)))
+    looks = torch.ones(len(ids), len(ids)).tril().bool()
+    at = 6
+    for start, twig in twigs:
+        looks[at:at + len(twig), start:at] = False
+        at += len(twig)
+    with torch.no_grad():
+        packed = model(torch.tensor([ids]), looks[None, None], torch.tensor([place])).logits[0]
+        added = torch.zeros(looks.shape).masked_fill(~looks, -1e9)
+        again = model(torch.tensor([ids]), added[None, None], torch.tensor([place])).logits[0]
+        at = 6
+        for start, twig in twigs:
+            alone = model(torch.tensor([trunk[:start] + twig])).logits[0, start:]
+            for some in (packed, again):
+                assert torch.allclose(some[at:at + len(twig)], alone, atol=1e-5)
+            at += len(twig)
+    with pytest.raises(ValueError, match=r"attention_mask must be \(1, 12\), one entry a position, got \(1, 1, 5, 5\)"):
+        model(torch.tensor([ids]), looks[None, None, :5, :5])
