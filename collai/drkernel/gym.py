@@ -61,6 +61,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from ..core.claims import measure_main
+from ..core.sandbox import Child, Sandbox, Zygote, missing_layers, shared_memory
 from ..core.sqlite import SharedFile
 from collai.drkernel.ckernel import (
     CModule,
@@ -76,19 +77,7 @@ from collai.drkernel.ckernel import (
     stub_source,
 )
 from .problems import Problem, Trial, build_model, builtin_problems, compare, output_tensors
-from collai.drkernel.workers import (
-    Child,
-    Lease,
-    LeasedQueue,
-    RayQueue,
-    Record,
-    RedisQueue,
-    Sandbox,
-    Zygote,
-    missing_layers,
-    ray_environment,
-    shared_memory,
-)
+from .workers import Lease, LeasedQueue, RayQueue, Record, RedisQueue, ray_environment
 
 # %% ../../nbs/drkernel/03_gym.ipynb #5637680b
 STATUSES = ("ok", "compile_error", "runtime_error", "incorrect", "hacked", "timeout", "crashed", "oom", "infra_error")

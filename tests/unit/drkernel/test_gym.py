@@ -22,13 +22,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from collai.core import sandbox
 from collai.drkernel import gym as module
-from collai.drkernel import workers
 from collai.drkernel.ckernel import cjit
 from collai.drkernel.gym import STATUSES, EvalResult, KernelGym, Task, measure, roofline_floor, static_flags
 from collai.drkernel.problems import Problem, builtin_problems
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or bool(workers.missing_layers()), reason="needs all layers")
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or bool(sandbox.missing_layers()), reason="needs all layers")
 PROBLEM = {p.name: p for p in builtin_problems()}["scale_bias_relu"].with_sizes(ROWS=16, COLS=32)
 KILLED_TASKS = 100 if os.environ.get("PROFILE") == "full" else 30
 
@@ -689,7 +689,7 @@ def nothing_left(monkeypatch):
 
 
 def test_a_strict_gym_names_the_missing_layer(monkeypatch, nothing_left):
-    for place in (module, workers):
+    for place in (module, sandbox):
         monkeypatch.setattr(place, "missing_layers", lambda: {"seccomp": "needs pyseccomp and libseccomp: no"})
     with pytest.raises(RuntimeError, match="sandbox layer 'seccomp' is missing: needs pyseccomp"):
         KernelGym(sandbox="strict")
@@ -699,7 +699,7 @@ def test_the_gym_tells_about_itself(gym, fleet):
     info = gym.info()
     assert {name: info[name] for name in ("device", "backend", "workers", "clock")} == {
         "device": "cpu", "backend": "c", "workers": 1, "clock": "judge"}
-    assert info["layers"] == ("session", "folder", "watchdog", *workers._LAYERS) and info["missing"] == {}
+    assert info["layers"] == ("session", "folder", "watchdog", *sandbox._LAYERS) and info["missing"] == {}
     assert fleet.info()["workers"] == 2 == len(set(fleet.worker_pids())) and len(gym.worker_pids()) == 1
 
 
@@ -901,13 +901,13 @@ def no_seccomp(tmp_path, monkeypatch):
     (tmp_path / "pyseccomp.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pyseccomp", raising=False)
-    for cache in (workers.missing_layers, workers._warn_degraded):
+    for cache in (sandbox.missing_layers, sandbox._warn_degraded):
         cache.cache_clear()
     yield
     monkeypatch.undo()
-    for cache in (workers.missing_layers, workers._warn_degraded):
+    for cache in (sandbox.missing_layers, sandbox._warn_degraded):
         cache.cache_clear()
-    assert not workers.missing_layers()
+    assert not sandbox.missing_layers()
 
 
 def test_an_error_in_the_block_leaves_nothing_and_a_degraded_sandbox_is_said(kernels, no_seccomp, nothing_left):
