@@ -680,7 +680,9 @@ def measure(device: str, size: int = 2**22, steps: int = 8, rounds: int = 30) ->
     Returns
     -------
     list of dict
-        Rows for ``collai.core.claims.save_results``: fastest and median processor time in ms, bytes moved.
+        Rows for ``collai.core.claims.save_results``: fastest and median processor time in ms, bytes moved. The last three
+        (``memory_…``, with the GNU C library only): all steps as operators of torch, freed memory given back to the
+        system or kept, and as one kernel.
 
     Raises
     ------
@@ -697,7 +699,25 @@ def measure(device: str, size: int = 2**22, steps: int = 8, rounds: int = 30) ->
         runs[f"launches_{n}"] = 8 * size * n, functools.partial(launch_chain, module, x, spare, steps, n)
         runs[f"fused_{n}"] = 8 * size, functools.partial(launch_chain, module, x, spare, n, 1)
         runs[f"eager_{n}"] = 8 * size * n, functools.partial(_eager_chain, x, n)
-    return _timed(runs, rounds)
+    return _timed(runs, rounds) + _memory_rows(runs[f"eager_{steps}"], runs[f"fused_{steps}"], rounds)
+
+# %% ../../nbs/drkernel/01_ckernel.ipynb #3f6a90b2
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of two settings of the GNU C library, malloc.h
+
+
+def _memory_rows(eager: tuple[int, Callable[[], Any]], fused: tuple[int, Callable[[], Any]],
+                 rounds: int) -> list[dict[str, Any]]:
+    """Time torch with freed memory given back at once and with it kept, then the kernel; thresholds stay changed."""
+    library, rows = ctypes.CDLL(None), list[dict[str, Any]]()
+    if not hasattr(library, "mallopt"):
+        return rows
+    for name, mapped, kept in (("returned", 2**20, 2**20), ("kept", 2**25, 2**30)):
+        library.mallopt(_MMAP_THRESHOLD, mapped)
+        library.mallopt(_TRIM_THRESHOLD, kept)
+        library.malloc_trim(0)
+        rows += _timed({f"memory_{name}": eager}, rounds)
+    library.mallopt(_TRIM_THRESHOLD, 2**27)
+    return rows + _timed({"memory_fused": fused}, rounds)
 
 # %% ../../nbs/drkernel/01_ckernel.ipynb #21eb1ca2
 def _timed(runs: dict[str, tuple[int, Callable[[], Any]]], rounds: int) -> list[dict[str, Any]]:

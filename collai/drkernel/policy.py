@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import json
 import math
+import numbers
 import os
 import re
 import shlex
@@ -1154,6 +1155,19 @@ class PlanPolicy:
 
     propose = _plan_propose
 
+# %% ../../nbs/drkernel/07_policy.ipynb #f2a9c610
+def _check_arm(cfg: "KernelConfig") -> None:
+    """Refuse numbers out of range, and changes of a rejection that is off."""
+    check_option("reward", cfg.reward, "speed", "lazy")
+    check_option("coverage", cfg.coverage, "displaced", "paper")
+    cfg.turns = check_integer("turns", cfg.turns, 1)
+    numeric = all(isinstance(x, numbers.Real) for x in (cfg.gamma, cfg.band))
+    if not (numeric and 0 <= cfg.gamma <= 1 and 0 < cfg.band < math.inf):
+        raise ValueError(f"gamma must be in [0, 1] and band positive, got {cfg.gamma!r} and {cfg.band!r}")
+    changes = [name for name in ("mask_before_baseline", "only_gains") if getattr(cfg, name)]
+    if len(changes) > cfg.prs:
+        raise ValueError(f"prs allows one change of the rejection, got prs = {cfg.prs} with {' and '.join(changes)}")
+
 # %% ../../nbs/drkernel/07_policy.ipynb #2ce88f93
 @dataclass(kw_only=True)
 class KernelConfig(TrainConfig):
@@ -1161,25 +1175,29 @@ class KernelConfig(TrainConfig):
 
     Parameters
     ----------
-    reward : {"speed", "lazy"}
-        (drkernel.6.1), or the same with 1[speed-up > 1] in place of the speed-up.
+    reward, check : {"speed", "lazy"}, bool
+        (drkernel.6.1), or the same with 1[speed-up > 1] in place of the speed-up. With check False a careless judge
+        says what is rewarded; what is reported comes from the gym in any case.
     pr, prs, coverage : bool, bool, {"displaced", "paper"}
         Add half the coverage to the reward; leave correct turns with little of it out of the loss; c_d or c.
-    check : bool
-        False: rewards come from a careless judge. What is reported comes from the gym in any case.
+    mask_before_baseline, only_gains, discount_weighting : bool
+        Make baselines of the kept turns only; reject positive advantages only; weigh turn t by gamma^(t - 1).
     turns, gamma, band, n, lr : int, float, float, int, float
         Turns of a rollout; discount; width of the mismatch filter, z of (drkernel.7.4); rollouts a problem; rate.
 
     Raises
     ------
     ValueError
-        If a setting is out of range.
+        If a setting is out of range, or a change of the rejection stands without `prs` or beside another.
     """
 
     reward: str = "speed"
     pr: bool = False
     prs: bool = False
     coverage: str = "displaced"
+    mask_before_baseline: bool = False
+    only_gains: bool = False
+    discount_weighting: bool = False
     check: bool = True
     turns: int = 3
     gamma: float = 1.0
@@ -1189,11 +1207,7 @@ class KernelConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option("reward", self.reward, "speed", "lazy")
-        check_option("coverage", self.coverage, "displaced", "paper")
-        self.turns = check_integer("turns", self.turns, 1)
-        if not (0 <= self.gamma <= 1 and 0 < self.band < math.inf):
-            raise ValueError(f"gamma must be in [0, 1] and band positive, got {self.gamma} and {self.band}")
+        _check_arm(self)
 
 # %% ../../nbs/drkernel/07_policy.ipynb #9057fd94
 def turn_reward(cfg: KernelConfig, score: Mapping[str, Any]) -> float:
@@ -1354,12 +1368,14 @@ def _turn_advantages(self: "KernelTrainer", rollouts: Rollouts) -> Float[torch.T
     Returns
     -------
     torch.Tensor (B·T, W), float32
-        The same for all tokens of a turn.
+        The same for all tokens of a turn; 0 on rejected turns that are masked before the baseline.
     """
-    rewards = rollouts.rewards.sum(1).reshape(-1, self.cfg.turns)
-    valid = torch.ones_like(rewards, dtype=torch.bool)
-    returns = turn_returns(rewards, valid, self.cfg.gamma)
-    adv = turn_advantages(returns, valid, list(rollouts.uid[::self.cfg.turns]))
+    cfg, meta = self.cfg, rollouts.meta or {}
+    rewards = rollouts.rewards.sum(1).reshape(-1, cfg.turns)
+    every = torch.ones_like(rewards, dtype=torch.bool)
+    here = self.kept(meta["paid"]).reshape(every.shape) if cfg.mask_before_baseline else every
+    adv = turn_advantages(turn_returns(rewards, every, cfg.gamma), here, list(rollouts.uid[::cfg.turns]),
+                          discount_weighting=cfg.gamma if cfg.discount_weighting else 1.0)
     return adv.reshape(-1, 1).expand(rollouts.mask.shape).contiguous()
 
 # %% ../../nbs/drkernel/07_policy.ipynb #0a2cde48
@@ -1407,6 +1423,7 @@ def _turn_loss(self: "KernelTrainer", rollouts: Rollouts, adv: Float[torch.Tenso
     h = mismatch_band(rollouts.old_logp - sampled, cfg.turns * _PLAN, cfg.band)
     mask, seen = mrs_mask(rollouts.old_logp, sampled, rollouts.mask, cfg.turns, lower=None, upper=math.exp(h))
     keep = self.kept(meta["paid"]) if cfg.prs else torch.ones(len(mask), dtype=torch.bool)
+    keep = keep | (adv[:, 0] <= 0) if cfg.only_gains else keep
     loss, _ = policy_loss(stats.logp, rollouts.old_logp, adv[:, 0].reshape(-1, cfg.turns), mask * keep[:, None])
     fast = torch.tensor([bool(s["correct"] and not s["hacked"] and s["speedup"] > 1.2) for s in meta["scores"]])
     return loss, turn_metrics(meta["scores"], meta["cheats"]) | {
@@ -1503,6 +1520,8 @@ ARMS = {
     for reward in ("lazy", "speed") for pay, options in _PAYS.items()
     for sign, coverage in (("c", "paper"), ("c_d", "displaced")) if pay or sign == "c_d"
 } | {f"{reward}, no check": {"reward": reward, "check": False} for reward in ("lazy", "speed")}
+ARMS |= {f"speed + PR + PRS (c), {name}": ARMS["speed + PR + PRS (c)"] | {option: True}
+         for name, option in (("mask first", "mask_before_baseline"), ("only A > 0", "only_gains"))}
 _COLUMNS = ("fast_1", "fast_1.2", "accepted", "cheats", "hacked", "c", "c_d", "entropy", "tokens")
 _END = 5  # updates at the end of a run that its result is the mean of
 

@@ -415,7 +415,7 @@ def measure_tolerance(expected: Tensor, exact: Tensor, reduction: int = 1, rtol:
     Returns
     -------
     Tolerance
-        Equations (drkernel.0.1) to (drkernel.0.3).
+        Equations (drkernel.0.2) to (drkernel.0.4).
 
     Raises
     ------

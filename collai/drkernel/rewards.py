@@ -58,7 +58,7 @@ def kernel_reward(compiled: _Value, correct: _Value, speedup: _Value, coverage: 
     Raises
     ------
     ValueError
-        On a bad weight or cap, different shapes, a coverage outside [0, 1], or a speed-up that is NaN, where it counts.
+        On a bad weight or cap, different shapes; where it counts, a coverage outside [0, 1], a negative or NaN speed-up.
     """
     for name, weight in (("w_correct", w_correct), ("w_speed", w_speed), ("w_pr", w_pr)):
         if not 0 <= weight < math.inf:
@@ -81,12 +81,12 @@ def _reward(x: dict[str, torch.Tensor], weights: tuple[float | int, ...],
     w_correct, w_speed, w_pr, cap = weights
     paid = x["compiled"].bool() & x["correct"].bool() & ~x["hacked"].bool()
     _check_coverage(x["coverage"], paid)
-    if (paid & x["speedup"].isnan()).any():
-        raise ValueError("speedup must be a number where correct, got nan")
+    if (odd := paid & ~(x["speedup"] >= 0)).any():
+        raise ValueError(f"speedup must be a number >= 0 where correct, got {x['speedup'].expand(odd.shape)[odd][0]}")
     dtype = dtypes[0] if dtypes else torch.float64
     for other in dtypes:
         dtype = torch.promote_types(dtype, other)
-    speed = x["speedup"].to(dtype).clamp(0, cap)
+    speed = x["speedup"].to(dtype).clamp(max=cap)
     return torch.where(paid, w_correct + w_speed * speed + w_pr * x["coverage"].to(dtype), 0)
 
 # %% ../../nbs/drkernel/06_rewards.ipynb #78ae2491
@@ -234,7 +234,10 @@ _Row: TypeAlias = Sequence[float | int] | Sequence[bool] | np.ndarray | torch.Te
 
 def _correct_speedups(speedups: _Row, correct: _Row) -> tuple[np.ndarray, np.ndarray]:
     """Speed-ups and flags as arrays of one shape (n,), numbers where correct."""
-    speed, flags = np.asarray(speedups), np.asarray(correct, dtype=bool)
+    speed, flags = np.asarray(speedups), np.asarray(correct)
+    if flags.dtype != bool and (wrong := ~np.isin(flags, (0, 1))).any():
+        raise ValueError(f"correct must hold bools, got {flags[wrong].flat[0]!r}")
+    flags = flags.astype(bool)
     speed = speed if np.issubdtype(speed.dtype, np.floating) else speed.astype(np.float64)
     if speed.ndim != 1 or speed.shape != flags.shape:
         raise ValueError(f"speedups have shape {speed.shape}, correct {flags.shape}: both must be (n,)")
@@ -263,7 +266,7 @@ def fast_p(speedups: _Row, correct: _Row, p: float | int, inclusive: bool = Fals
     Raises
     ------
     ValueError
-        If there is no sample, lengths differ, `p` is NaN, or a speed-up is negative or NaN where correct.
+        If there is no sample, lengths differ, `p` is NaN, a flag is no bool, or a speed-up negative or NaN where correct.
     """
     speed, flags = _correct_speedups(speedups, correct)
     if not len(speed) or math.isnan(p):
@@ -295,14 +298,16 @@ def best_by_turn(speedups: _Table, correct: _Table) -> list[list[float]]:
     return [np.maximum.accumulate(np.where(flags, speed, 0.0)).tolist() for speed, flags in rows]
 
 # %% ../../nbs/drkernel/06_rewards.ipynb #58c38ca8
-def summary(results: Iterable[Any]) -> dict[str, float]:
+def summary(results: Iterable[Any], conservative: bool = False) -> dict[str, float]:
     """Shares and means of a set of evaluations.
 
     Parameters
     ----------
     results : iterable
-        Evaluations with the attributes ``compiled``, ``correct``, ``hacked``, ``speedup``, ``coverage`` and
-        ``coverage_displaced``, as the gym's ``EvalResult`` has them.
+        Evaluations with the attributes ``compiled``, ``correct``, ``hacked``, ``speedup``, ``speedup_ci``, ``coverage``
+        and ``coverage_displaced``, as the gym's ``EvalResult`` has them.
+    conservative : bool
+        Compare the lower ends of the speed-ups' intervals with p, in place of the speed-ups.
 
     Returns
     -------
@@ -322,7 +327,8 @@ def summary(results: Iterable[Any]) -> dict[str, float]:
         raise ValueError(f"speedup must be positive and finite where correct, got {bad[0]}")
     if bad := [c for r in good for c in (r.coverage, r.coverage_displaced) if not 0 <= c <= 1]:
         raise ValueError(f"coverage must be in [0, 1], got {bad[0]}")
-    speed, flags = [r.speedup for r in rows], [bool(r.correct and not r.hacked) for r in rows]
+    speed = [r.speedup_ci[0] if conservative else r.speedup for r in rows]
+    flags = [bool(r.correct and not r.hacked) for r in rows]
     out = {f"fast_{p:g}": fast_p(speed, flags, p) for p in (1, 1.2, 1.5, 2)}
     means = {name: math.fsum(getattr(r, name) for r in good) / len(good) if good else math.nan
              for name in ("coverage", "coverage_displaced")}

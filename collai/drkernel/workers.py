@@ -124,6 +124,13 @@ def _check_queue(seconds: float | int, max_deaths: int, max_failures: int) -> No
             raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
+def _check_priority(priority: int) -> int:
+    """Refuse what is no integer of 64 bits, all that a file or a server can sort by."""
+    if not -2**63 <= (number := operator.index(priority)) < 2**63:
+        raise ValueError(f"priority must be an integer of 64 bits, got {priority!r}")
+    return number
+
+
 def _text(name: str, value: Any) -> str:
     """Write a value as JSON, or refuse it."""
     try:
@@ -143,7 +150,7 @@ def _submit(self: Any, payload: Any, id: str | None = None, priority: int = 0,
     id : str, optional
         Its name; made when None. Submitting the same again changes nothing.
     priority : int
-        Higher ones are leased first, equal ones in the order of submission.
+        Higher ones are leased first, equal ones in the order of submission, also when they were put back. 64 bits.
     end : (str, object), optional
         Status and body, where they are known already: recorded at once, as of a first attempt.
 
@@ -155,15 +162,15 @@ def _submit(self: Any, payload: Any, id: str | None = None, priority: int = 0,
     Raises
     ------
     TypeError
-        If JSON cannot write the payload or the body.
+        If JSON cannot write the payload or the body, or the priority is no integer.
     ValueError
-        If another payload has this name.
+        If another payload has this name, or the priority is too large.
     """
     text, id = _text("payload", payload), uuid.uuid4().hex if id is None else id
     status, body = _known(end)
     with self._file.transaction() as db:
         made = db.execute("INSERT OR IGNORE INTO tasks (id, priority, payload, state) VALUES (?, ?, ?, 'queued')",
-                          (id, operator.index(priority), text)).rowcount
+                          (id, _check_priority(priority), text)).rowcount
         if db.execute("SELECT payload FROM tasks WHERE id = ?", (id,)).fetchone()[0] != text:
             raise ValueError(f"task {id!r} is in {self._file.path} with another payload")
         if made and status:
@@ -454,51 +461,48 @@ class LeasedQueue:
 # %% ../../nbs/drkernel/02_workers.ipynb #5b3dd67a
 _LUA = """
 local p, op, id, now = KEYS[1], ARGV[1], ARGV[2], redis.call
-local task, stream, counts = p .. ':task:' .. id, p .. ':stream', p .. ':counts'
+local stream, counts, waiting = p .. ':leases', p .. ':counts', p .. ':queued'
+if op == 'lease' then
+  local first = now('ZPOPMIN', waiting)[1]
+  if not first then return false end
+  id = string.sub(first, 41)
+end
+local task = p .. ':task:' .. id
 local function get(name) return now('HGET', task, name) end
 local function move(to)
   if get('state') then now('HINCRBY', counts, get('state'), -1) end
   now('HSET', task, 'state', to); now('HINCRBY', counts, to, 1)
 end
+local function queue() move('queued'); now('ZADD', waiting, 0, get('place') .. id) end
 local function release() now('XACK', stream, 'workers', get('entry')); now('XDEL', stream, get('entry')) end
-local function queue() move('queued'); now('HSET', task, 'entry', now('XADD', stream, '*', 'id', id)) end
-local function finish(status, body)
-  release(); move(status)
-  now('HSET', task, 'body', body); now('RPUSH', p .. ':records', id)
-end
+local function finish(status, body) move(status); now('HSET', task, 'body', body); now('RPUSH', p .. ':records', id) end
 if op == 'submit' then
   if get('payload') then return get('payload') end
-  now('HSET', task, 'payload', ARGV[3], 'attempt', 0, 'deaths', 0, 'failures', 0)
-  if ARGV[4] == '' then queue(); return ARGV[3] end
-  move(ARGV[4]); now('HSET', task, 'body', ARGV[5], 'attempt', 1); now('RPUSH', p .. ':records', id); return ARGV[3]
+  local place = ARGV[4] .. string.format('%020.0f', now('INCR', p .. ':number'))
+  now('HSET', task, 'payload', ARGV[3], 'place', place, 'attempt', 0, 'deaths', 0, 'failures', 0)
+  if ARGV[5] == '' then queue() else finish(ARGV[5], ARGV[6]); now('HSET', task, 'attempt', 1) end
+  return ARGV[3]
 elseif op == 'lease' then
-  if get('entry') ~= ARGV[3] or get('state') ~= 'queued' then return false end
-  move('leased'); now('HINCRBY', task, 'attempt', 1); return {get('payload'), get('attempt')}
+  move('leased'); now('XADD', stream, '*', 'id', id)
+  local given = now('XREADGROUP', 'GROUP', 'workers', ARGV[2], 'COUNT', 1, 'STREAMS', stream, '>')
+  now('HSET', task, 'entry', given[1][2][1][1])
+  return {id, get('payload'), now('HINCRBY', task, 'attempt', 1)}
 end
-local held = get('state') == 'leased' and get('attempt') == ARGV[3]
-if op == 'lost' then held = get('entry') == ARGV[3] and (get('state') == 'leased' or get('state') == 'queued') end
-if not held then return false end
+if get('state') ~= 'leased' or get(op == 'lost' and 'entry' or 'attempt') ~= ARGV[3] then return false end
 if op == 'beat' then now('XCLAIM', stream, 'workers', ARGV[4], 0, get('entry'), 'JUSTID'); return 1 end
+release()
 if op == 'finish' then finish(ARGV[4], ARGV[5]); return 1 end
-local most, status = ARGV[6], ARGV[7]
-if now('HINCRBY', task, ARGV[4], 1) >= tonumber(most) then finish(status, ARGV[5]); return status end
-release(); queue(); return 'queued'
+if now('HINCRBY', task, ARGV[4], 1) >= tonumber(ARGV[6]) then finish(ARGV[7], ARGV[5]); return ARGV[7] end
+queue(); return 'queued'
 """
 
 # %% ../../nbs/drkernel/02_workers.ipynb #4f7f1196
 def _redis_submit(self: Any, payload: Any, id: str | None = None, priority: int = 0,
                   end: tuple[str, Any] | None = None) -> str:
-    """Put a task into the queue; as `LeasedQueue.submit`, without priorities.
-
-    Raises
-    ------
-    ValueError
-        If `priority` is not 0, or another payload has this name.
-    """
-    if operator.index(priority):
-        raise ValueError(f"a Redis stream has no priorities, got {priority!r}")
+    """Put a task into the queue; as `LeasedQueue.submit`."""
     text, id = _text("payload", payload), uuid.uuid4().hex if id is None else id
-    if self._move("submit", id, text, *_known(end)) != text:
+    place = f"{2**63 - 1 - _check_priority(priority):020}"
+    if self._move("submit", id, text, place, *_known(end)) != text:
         raise ValueError(f"task {id!r} is in {self.url} with another payload")
     return id
 
@@ -506,11 +510,8 @@ def _redis_submit(self: Any, payload: Any, id: str | None = None, priority: int 
 def _redis_lease(self: Any) -> Lease | None:
     """Lease the next task to this process; as `LeasedQueue.lease`."""
     self._take_back(only_late=True)
-    while found := self._db.xreadgroup("workers", _owner(), {self._stream: ">"}, count=1):
-        (entry, fields), = found[0][1]
-        if (got := self._move("lease", fields["id"], entry)) is not None:
-            return Lease(fields["id"], json.loads(got[0]), int(got[1]))
-    return None
+    got = self._move("lease", _owner())
+    return None if got is None else Lease(got[0], json.loads(got[1]), int(got[2]))
 
 
 def _redis_take_back(self: Any, only_late: bool) -> list[str]:
@@ -597,7 +598,7 @@ def _redis_counts(self: Any) -> dict[str, int]:
 class RedisQueue:
     """`LeasedQueue` on a Redis server of version 6.2 or later; needs the extra ``redis``.
 
-    The methods are the same, but for priorities.
+    The methods are the same.
 
     Parameters
     ----------
@@ -618,7 +619,7 @@ class RedisQueue:
                  name: str = "collai") -> None:
         _check_queue(seconds, max_deaths, max_failures)
         self.seconds, self.max_deaths, self.max_failures = seconds, max_deaths, max_failures
-        self.url, self.name, self._stream = url, name, f"{{{name}}}:stream"
+        self.url, self.name, self._stream = url, name, f"{{{name}}}:leases"
         self._connect()
 
     submit, lease, heartbeat, finish, fail = _redis_submit, _redis_lease, _redis_heartbeat, _redis_finish, _redis_fail

@@ -56,6 +56,7 @@ from collai.drkernel.policy import (
     write_plans,
 )
 from collai.drkernel.problems import Problem, build_model
+from collai.drkernel.trloo import turn_advantages
 from collai.eval.llm import CachedChat, ReplayChat, Reply, TokenUsage
 from collai.rl.stats import TokenStats
 from collai.rl.train import History, weights_hash
@@ -374,7 +375,10 @@ def test_the_band_follows_the_spread():
 
 def test_settings_are_checked():
     for bad, message in (({"reward": "fast"}, "unknown reward 'fast'"), ({"coverage": "c"}, "unknown coverage 'c'"),
-                         ({"turns": 0}, "turns"), ({"gamma": 1.5}, "got 1.5 and 2"), ({"band": 0.0}, "got 1.0 and 0")):
+                         ({"turns": 0}, "turns"), ({"gamma": 1.5}, "got 1.5 and 2"), ({"band": 0.0}, "got 1.0 and 0"),
+                         ({"gamma": "1"}, "got '1' and 2"), ({"only_gains": True}, "got prs = False with only_gains"),
+                         ({"prs": True, "only_gains": True, "mask_before_baseline": True},
+                          "got prs = True with mask_before_baseline and only_gains")):
         with pytest.raises(ValueError, match=message):
             KernelConfig(**bad)
     with pytest.raises(ValueError, match="at least one problem"):
@@ -430,6 +434,32 @@ def test_rejection_leaves_turns_with_little_coverage_out_of_the_loss(tiny):
     assert gradient(prs=True, coverage="paper")[0].all() and gradient()[0].all()
 
 
+def test_the_two_changes_of_the_rejection_and_the_discount_weighting(tiny):
+    def made(**options):
+        trainer = KernelTrainer(tiny.model, VOCAB, PlanTask((PROBLEMS[0],), Scores(FakeGym())),
+                                KernelConfig(n=4, turns=2, band=50.0, pr=True, **options))
+        r = trainer.sample(1)
+        for k, score in enumerate(r.meta["paid"]):
+            score.update(correct=True, hacked=False, coverage_displaced=0.1 if k % 4 < 2 else 0.9)
+        r.rewards[:, -1] = torch.tensor([3.0, 5.0, 1.0, 0.5, 7.0, 2.0, 2.0, 1.0])
+        adv = trainer.advantages(r)
+        stats = TokenStats(logp=r.old_logp.clone().requires_grad_())
+        trainer.loss(r, adv, stats)[0].backward()
+        return adv[:, 0].reshape(4, 2), (stats.logp.grad.abs().sum(1) > 0).reshape(4, 2)
+
+    returns, every = torch.tensor([[8.0, 5.0], [1.5, 0.5], [9.0, 2.0], [3.0, 1.0]]), torch.ones(4, 2, dtype=torch.bool)
+    kept = torch.tensor([[False] * 2, [True] * 2] * 2)
+    plain = turn_advantages(returns, every, [0] * 4)
+    for options, adv, used in (({}, plain, every), ({"prs": True}, plain, kept),
+                               ({"prs": True, "only_gains": True}, plain, kept | (plain <= 0)),
+                               ({"prs": True, "mask_before_baseline": True}, turn_advantages(returns, kept, [0] * 4), kept)):
+        found = made(**options)
+        assert torch.allclose(found[0], adv) and torch.equal(found[1], used & (adv != 0)), options
+    assert (plain[::2] < 0).any() and (turn_advantages(returns, kept, [0] * 4)[::2] == 0).all()
+    light, heavy = (made(gamma=0.5, discount_weighting=on)[0] for on in (True, False))
+    assert torch.allclose(light, heavy * torch.tensor([1.0, 0.5]))
+
+
 def test_learning_raises_the_reward():
     class Taste(FakeGym):
         def evaluate(self, task):
@@ -483,7 +513,7 @@ def test_the_command_line_keeps_rows_and_says_what_is_left(monkeypatch, tmp_path
         main([*args, "--out", str(out), "--minutes", "-1"])
     main([*args, "--out", str(out)])
     assert load_results(out)["rows"]["speed"]["updates"] == 5 and "speed: Fast@1.2" in capsys.readouterr().out
-    assert len(ARMS) == 12 and sum(arm.get("prs", False) for arm in ARMS.values()) == 4
+    assert len(ARMS) == 14 and sum(arm.get("prs", False) for arm in ARMS.values()) == 6
 
 
 # turns, chats, files

@@ -58,7 +58,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert kernel_reward(True, True, 1.0, 0.0, False) == 1.0
     assert kernel_reward(True, True, 1.0, 1.0, False) == 1.5
     assert kernel_reward(True, True, 3.0, 0.0, False) == kernel_reward(True, True, 400.0, 0.0, False) == 2.0
-    assert kernel_reward(True, True, -1.0, 0.0, False) == 0.5
+    assert kernel_reward(True, True, 0.0, 0.0, False) == 0.5
 
 
 @pytest.mark.parametrize(("compiled", "correct", "hacked"), [(False, True, False), (True, False, False), (True, True, True)])
@@ -187,7 +187,7 @@ def test_the_best_so_far_looks_at_correct_turns_of_rows_of_any_length():
 
 def evaluation(**changes: object) -> SimpleNamespace:
     """An answer of the gym."""
-    usual = dict(compiled=True, correct=True, hacked=False, speedup=1.0, coverage=0.5, coverage_displaced=0.25)
+    usual = dict(compiled=True, correct=True, hacked=False, speedup=1.0, speedup_ci=(0.5, 2.0), coverage=0.5, coverage_displaced=0.25)
     return SimpleNamespace(**usual | changes)
 
 
@@ -202,6 +202,15 @@ def test_a_summary_counts_over_all_and_averages_over_correct_results():
     assert none["correct"] == 0 and all(math.isnan(none[name]) for name in ("coverage", "coverage_displaced", "speedup"))
 
 
+def test_a_conservative_summary_looks_at_the_lower_ends():
+    rows = [evaluation(speedup=s, speedup_ci=(low, 9.0)) for s, low in ((1.3, 1.1), (1.3, 1.25), (3.0, 0.9), (1.0, 0.2))]
+    rows += [evaluation(speedup=3.0, speedup_ci=(2.9, 3.1), hacked=True), evaluation(correct=False, speedup=0.0, speedup_ci=(0.0, 0.0))]
+    plain, careful = summary(rows), summary(rows, conservative=True)
+    fast = {name for name in plain if name.startswith("fast_")}
+    assert {n: careful[n] * 6 for n in fast} == pytest.approx({"fast_1": 2, "fast_1.2": 1, "fast_1.5": 0, "fast_2": 0})
+    assert all(careful[n] <= plain[n] if n in fast else careful[n] == plain[n] for n in plain)
+
+
 # bad inputs
 
 C, T = torch.tensor([0.5, 0.2]), torch.tensor([True, True])
@@ -210,7 +219,8 @@ BAD = {
     "coverage": (lambda: kernel_reward(True, True, 1.0, 1.5, False), r"coverage must be in \[0, 1\], got 1\.5"),
     "coverage nan": (lambda: kernel_reward(True, T, 1.0, C * math.nan, False), r"coverage must be in \[0, 1\], got nan"),
     "one coverage for all": (lambda: kernel_reward(True, T, 1.0, -0.5, False), r"coverage must be in \[0, 1\], got -0\.5"),
-    "speedup": (lambda: kernel_reward(True, True, math.nan, 0.5, False), "speedup must be a number where correct, got nan"),
+    "speedup": (lambda: kernel_reward(True, True, math.nan, 0.5, False), "speedup must be a number >= 0 where correct, got nan"),
+    "negative speedup": (lambda: kernel_reward(True, T, -C, 0.5, False), r"speedup must be a number >= 0 where correct, got -0\.5"),
     "weight": (lambda: kernel_reward(True, True, 1.0, 0.5, False, w_pr=-1), "w_pr must be finite and not negative, got -1"),
     "infinite weight": (lambda: kernel_reward(True, True, 1.0, 0.5, False, w_speed=math.inf), "w_speed must be finite and not negative, got inf"),
     "cap": (lambda: kernel_reward(True, True, 1.0, 0.5, False, cap=0), "cap must be positive, got 0"),
@@ -231,6 +241,9 @@ BAD = {
     "no sample": (lambda: fast_p([], [], 1), "needs a sample and a number to beat, got 0 samples and p = 1"),
     "p": (lambda: fast_p([1.0], [True], math.nan), "got 1 samples and p = nan"),
     "lengths": (lambda: fast_p([1.0], [True, True], 1), r"speedups have shape \(1,\), correct \(2,\): both must be \(n,\)"),
+    "flag nan": (lambda: fast_p([1.5], [math.nan], 1), "correct must hold bools, got .*nan"),
+    "flag text": (lambda: best_by_turn([[1.5, 1.0]], [[True, "no"]]), "correct must hold bools, got .*True"),
+    "flag two": (lambda: fast_p([1.5, 1.0], torch.tensor([1, 2]), 1), "correct must hold bools, got .*2"),
     "nan speed": (lambda: fast_p([math.nan], [True], 1), "speedup must be a number >= 0 where correct, got nan"),
     "rows": (lambda: best_by_turn([[1.0]], []), "speedups have 1 rows, correct 0: they must be equal"),
     "row": (lambda: best_by_turn([[-1.0]], [[True]]), r"speedup must be a number >= 0 where correct, got -1\.0"),

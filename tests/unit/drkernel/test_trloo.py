@@ -114,6 +114,29 @@ def test_advantages_equal_a_plain_loop(method):
         assert (found[~b["valid"]] == 0).all()
 
 
+def test_the_discount_weighting_multiplies_each_turn_by_its_power_and_one_changes_nothing():
+    for seed in range(12):
+        b, dtype = batch(seed), (torch.float64, torch.float32)[seed % 2]
+        x = b["x"].to(dtype)
+        for method, gamma in itertools.product(METHODS, (0, 0.4, 1, 1.0)):
+            plain = turn_advantages(x, b["valid"], b["ids"], method)
+            found = turn_advantages(x, b["valid"], b["ids"], method, discount_weighting=gamma)
+            want = plain.double() * torch.tensor([gamma**t for t in range(3)], dtype=torch.float64)
+            assert found.dtype == dtype and torch.allclose(found.double(), want, rtol=1e-6, atol=1e-12)
+            assert gamma != 1 or torch.equal(found, plain)
+
+
+def test_text_is_no_number():
+    assert not module._between("1", 0, 1) and not module._between(math.nan, 0, 1) and not module._between(None, 0, 1)
+    assert module._between(np.float32(0.5), 0, 1) and module._between(1, 0, 1)
+
+
+def test_the_time_of_the_advantages_is_measured():
+    rows = {row["name"]: row for row in module.measure("cpu", problems=3, rounds=2)}
+    assert set(rows) == {f"advantages/{name}" for name in (*METHODS, "collai.rl")}
+    assert all(row["measured"] >= 0 and row["count"] == 3 * 16 * 3 for row in rows.values())
+
+
 def test_one_turn_is_what_the_shared_chain_computes():
     for seed in range(20):
         b = batch(seed, turns=1, dtype=torch.float32)
@@ -333,7 +356,12 @@ BAD = {
     "ints": (lambda: turn_returns(X.long(), V), r"of a float type and valid bool, got torch\.int64 and torch\.bool"),
     "not bool": (lambda: turn_advantages(X, X, IDS), r"returns must be of a float type and valid bool, got torch\.float32 and"),
     "method": (lambda: turn_advantages(X, V, IDS, "rloo"), "unknown method 'rloo', use one of 'trloo', 'grpo', 'grpo_center'"),
-    "eps": (lambda: turn_advantages(X, V, IDS, eps=0), "eps must be positive, got 0"),
+    "eps": (lambda: turn_advantages(X, V, IDS, eps=0), "eps must be positive and finite, got 0"),
+    "endless eps": (lambda: turn_advantages(X, V, IDS, "grpo", math.inf), "eps must be positive and finite, got inf"),
+    "weighting": (lambda: turn_advantages(X, V, IDS, discount_weighting=1.5), r"discount_weighting must be in \[0, 1\], got 1\.5"),
+    "group NaN": (lambda: turn_advantages(X, V, torch.tensor([0.0, math.nan])), "group_ids must not hold NaN, got nan"),
+    "group NaN in a list": (lambda: turn_advantages(X, V, ["a", math.nan]), "group_ids must not hold NaN, got nan"),
+    "group NaN in an array": (lambda: turn_advantages(X, V, np.array([math.nan, 1], dtype=np.float32)), "must not hold NaN"),
     "ids": (lambda: turn_advantages(X, V, IDS[:1]), r"group_ids has shape \(1,\), returns have 2 rows"),
     "names": (lambda: turn_advantages(X, V, ["a"]), "uid has length 1, rewards have 2 rows"),
     "return": (lambda: turn_advantages(NAN, V, IDS), "returns must be finite where valid, got nan at rollout 1, turn 1"),
@@ -370,4 +398,5 @@ def test_what_is_no_tensor_is_refused():
 
 
 def test_everything_public_is_listed():
-    assert set(module.__all__) == {"METHODS", "turn_returns", "turn_advantages", "self_inclusion_factor", "policy_loss", "mrs_mask"}
+    assert set(module.__all__) == {
+        "METHODS", "turn_returns", "turn_advantages", "self_inclusion_factor", "policy_loss", "mrs_mask", "measure"}

@@ -86,11 +86,13 @@ def make(request, tmp_path):
     yield lambda **options: RedisQueue(url, name=str(tmp_path), **options)
 
 
-def test_higher_priorities_go_first(tmp_path):
-    queue = LeasedQueue(tmp_path / "q.db")
-    for n, priority in enumerate([0, 2, 1, 2, -1]):
+def test_higher_priorities_go_first_and_equal_ones_in_the_order_of_submission(make):
+    queue = make(max_deaths=9)
+    for n, priority in enumerate([0, 2, 1, 2, -1, 2**63 - 1, -(2**63)]):
         queue.submit(n, priority=priority)
-    assert [queue.lease().payload for _ in range(5)] == [1, 3, 2, 0, 4]
+    first, second = queue.lease(), queue.lease()
+    assert (first.payload, second.payload) == (5, 1) and queue.fail(second, True) == "queued"  # it is the next one again
+    assert [queue.lease().payload for _ in range(6)] == [1, 3, 2, 0, 4, 6] and queue.lease() is None
 
 
 def test_a_task_goes_through_the_queue_and_is_recorded_once(make):
@@ -187,6 +189,7 @@ def test_waiting_ends(make):
 @pytest.mark.parametrize(("act", "error", "message"), [
     (lambda q: q.submit({1, 2}), TypeError, "payload must be JSON: .*set"),
     (lambda q: [q.submit(1, id="a"), q.submit(2, id="a")], ValueError, r"task 'a' is in .* with another payload"),
+    (lambda q: q.submit(1, priority=2**63), ValueError, "priority must be an integer of 64 bits, got 9223372036854775808"),
     (lambda q: q.submit(1, end=("leased", 1)), ValueError, "status must name an end, got 'leased'"),
     (lambda q: q.submit(1, end=("ok", {1})), TypeError, "body must be JSON: .*set"),
     (lambda q: q.finish(q.lease(), "queued"), ValueError, "status must name an end, got 'queued'"),
@@ -216,11 +219,29 @@ def test_a_queue_that_cannot_be_is_refused(make, tmp_path, monkeypatch):
         RayQueue(tmp_path / "q.db")
 
 
-def test_what_only_redis_refuses(server, tmp_path):
-    with pytest.raises(ValueError, match="a Redis stream has no priorities, got 1"):
-        RedisQueue(server, name=str(tmp_path)).submit(1, priority=1)
+def test_no_server_is_told_by_its_address(server, tmp_path):
     with pytest.raises(ConnectionError, match=f"no Redis at unix://{tmp_path}/none"):
         RedisQueue(f"unix://{tmp_path}/none")
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(["submit", "submit", "lease", "finish", "fail", "die"]), st.integers(-2, 2)), max_size=40))
+def test_a_server_hands_out_many_tasks_in_the_order_of_a_file(server, moves):
+    with tempfile.TemporaryDirectory() as folder:
+        queues, held = (LeasedQueue(Path(folder, "q.db")), RedisQueue(server, name=uuid.uuid4().hex)), ([], [])
+        for n, (move, number) in enumerate(moves):
+            said = []
+            for queue, leases in zip(queues, held, strict=True):
+                if move == "submit":
+                    said.append(queue.submit(n, id=f"task {90 - n}", priority=number, end=("ok", n) if number == 0 and n % 2 else None))
+                elif move == "lease":
+                    said.append(queue.lease())
+                    leases.extend([said[-1]] if said[-1] else [])
+                elif leases:
+                    lease = leases[number % len(leases)]
+                    said.append(queue.finish(lease, "ok", n) if move == "finish" else queue.fail(lease, move == "die", n))
+            assert said[:1] == said[1:] and queues[0].counts() == queues[1].counts()
+        assert queues[0].records() == queues[1].records()
 
 
 def follow(queue, late, moves):
