@@ -11,6 +11,7 @@ import argparse
 import difflib
 import hashlib
 import html
+import inspect
 import json
 import math
 import platform
@@ -349,7 +350,7 @@ def measure_main(measure: Callable[[str], list[dict[str, Any]]], argv: Sequence[
     SystemExit
         On unknown arguments.
     """
-    parser = argparse.ArgumentParser(description=measure.__doc__)
+    parser = argparse.ArgumentParser(description=inspect.cleandoc(measure.__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", required=True, metavar="FILE", help="results file; its other rows stay")
     parser.add_argument("--commit", help="commit of the code, where there is no git history")

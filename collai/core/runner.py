@@ -8,9 +8,11 @@ __all__ = ['notebooks', 'UnknownTarget', 'select', 'sources', 'run_key', 'Result
 
 # %% ../../nbs/core/03_runner.ipynb #2a923df9
 import ast
+import base64
 import configparser
 import difflib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -650,13 +652,28 @@ def _run_all(targets: Sequence[str], profile: str, params: dict[str, Any], jobs:
         _schedule(job, results, jobs, keep_going)
     return list(results.values())
 
+# %% ../../nbs/core/03_runner.ipynb #1ea9b17e
+def _lean(output: dict[str, Any]) -> dict[str, Any]:
+    """Return an output with its picture in 256 colours, if that is smaller."""
+    png = output.get("data", {}).get("image/png")
+    if png is None:
+        return output
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        flat = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    packed = io.BytesIO()
+    flat.save(packed, "PNG", optimize=True)
+    text = base64.b64encode(packed.getvalue()).decode()
+    return output if len(text) >= len(png) else output | {"data": output["data"] | {"image/png": text}}
+
 # %% ../../nbs/core/03_runner.ipynb #9edd660c
 def _published(cell: dict[str, Any], ran: Mapping[str, Any]) -> dict[str, Any]:
     """Return a committed cell with the outputs worth publishing of its executed copy."""
     if cell["cell_type"] != "code":
         return cell
     volatile = "volatile" in cell["metadata"].get("tags", [])
-    outputs = [] if volatile else [output for output in ran["outputs"] if output.get("name") != "stderr"]
+    outputs = [] if volatile else [_lean(output) for output in ran["outputs"] if output.get("name") != "stderr"]
     return cell | {"outputs": outputs, "execution_count": None}
 
 

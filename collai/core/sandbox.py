@@ -93,15 +93,26 @@ def _landlock(rights: Mapping[str, int]) -> None:
     os.close(rules)
 
 # %% ../../nbs/core/09_sandbox.ipynb #5b96fc2c
+def _beside(path: str, hidden: Path) -> list[str]:
+    """A path, or where it holds the hidden one, what stands beside that."""
+    real = Path(path).resolve()
+    if not hidden.is_relative_to(real):
+        return [path]
+    return [] if real == hidden else [one for entry in os.scandir(path) for one in _beside(entry.path, hidden)]
+
+
+@functools.cache
 def _readable() -> tuple[str, ...]:
-    """What a Python program has to read: system libraries, the interpreter, installed packages, this package."""
+    """What a Python program has to read: system libraries, the interpreter, installed packages; nothing of this one."""
     system = ["/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/nix/store", "/proc", "/sys"]
     system += [f"/etc/{name}" for name in ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime",
                                            "nsswitch.conf", "passwd", "group", "ssl", "OpenCL")]
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages()]
     python += [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
-    python += os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return (*system, *(p for p in python if p), str(Path(__file__).resolve().parents[1]))
+    own = Path(__file__).resolve().parents[1]
+    more = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    python += [p for p in more if not own.is_relative_to(Path(p).resolve())]  # else a checkout: all of it is ours
+    return tuple(dict.fromkeys(one for path in (*system, *python) for one in _beside(path, own)))
 
 
 def _rights(folder: str, may_start: bool, readable: Sequence[str], writable: Sequence[str],
@@ -575,6 +586,7 @@ def _serve(number: int, parent: int, root: str, preload: Sequence[str]) -> None:
     children: dict[int, _Watched] = {}
     try:
         missing_layers()  # loads libseccomp once for all children
+        _readable()
         for name in preload:
             module, _, function = name.partition(":")
             found = importlib.import_module(module)

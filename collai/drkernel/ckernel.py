@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from ..core.claims import measure_main
 
@@ -175,10 +176,10 @@ def kernel_folder() -> Path:
     Returns
     -------
     Path
-        ``COLLAI_KERNELS`` of the environment, else ``collai/kernels`` in the user's cache; need not exist.
+        ``COLLAI_KERNELS`` of the environment, else ``collai/kernels`` in the user's cache; absolute, need not exist.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("COLLAI_KERNELS") or Path(home) / "collai" / "kernels")
+    return Path(os.environ.get("COLLAI_KERNELS") or Path(home) / "collai" / "kernels").absolute()
 
 
 def _cc(arguments: Sequence[str], given: str, place: str, seconds: float | int) -> None:
@@ -442,12 +443,36 @@ _now = time.thread_time_ns  # of the processor, not of the wall; who replaces it
 Event = tuple[str, float, bool]
 
 
-class _Stopwatch(TorchDispatchMode):
-    """Times every operator that torch's front end dispatches, without those that it calls itself."""
+class _Account:
+    """What is launched, in the order of the beginnings; of intervals that lie inside others, only their own time."""
 
-    def __init__(self, events: list[Event]) -> None:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._open: list[list[Any]] = []  # nanoseconds inside, and whether it counts as generated
+
+    def run(self, name: str, generated: bool, work: Callable[[], Any]) -> Any:
+        """Do a piece of work and enter it."""
+        place = len(self.events)
+        self.events.append((name, 0.0, generated))
+        self._open.append(own := [0, generated])
+        began = _now()
+        try:
+            return work()
+        finally:
+            spent = _now() - began
+            self._open.pop()
+            if self._open:
+                self._open[-1][0] += spent
+                self._open[-1][1] &= own[1]
+            self.events[place] = name, (spent - own[0]) / 1e3, bool(own[1])
+
+# %% ../../nbs/drkernel/01_ckernel.ipynb #48b0db25
+class _Stopwatch(TorchDispatchMode):
+    """Enters every operator that torch's front end dispatches, without those that it calls itself."""
+
+    def __init__(self, account: _Account) -> None:
         super().__init__()
-        self._events = events
+        self._account = account
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -455,10 +480,18 @@ class _Stopwatch(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        began = _now()
-        result = func(*args, **(kwargs or {}))
-        self._events.append((f"aten::{func.overloadpacket.__name__}", (_now() - began) / 1e3, False))
-        return result
+        return self._account.run(f"aten::{func.overloadpacket.__name__}", False, lambda: func(*args, **(kwargs or {})))
+
+
+def _runs_alone(launch: Launch) -> bool:
+    """Make a launch; whether it ran without calling Python back."""
+    calls, before = [], sys.getprofile()
+    sys.setprofile(lambda frame, event, _: calls.append(frame) if event == "call" else None)
+    try:
+        launch.run()
+    finally:
+        sys.setprofile(before)
+    return len(calls) == 1  # that of `run` itself
 
 # %% ../../nbs/drkernel/01_ckernel.ipynb #94d44b01
 def profile_launches(fn: Callable[..., Any], *inputs: Any) -> list[Event]:
@@ -475,20 +508,28 @@ def profile_launches(fn: Callable[..., Any], *inputs: Any) -> list[Event]:
     -------
     list of (str, float, bool)
         Name, microseconds, and whether it is one of our C functions; torch's operators are called ``aten::…``. In the
-        order of the launches. No time is in two entries.
+        order of the launches. No time is in two entries. A launch that calls torch or Python back is not generated.
     """
-    events: list[Event] = []
-
-    def timed(launch: Launch) -> None:
-        began = _now()
-        launch.run()
-        events.append((launch.name, (_now() - began) / 1e3, True))
-
     with torch.no_grad():
         fn(*inputs)
-        with launch_hook(timed), _Stopwatch(events):
-            fn(*inputs)
-    return events
+    return _profiled(fn, *inputs)
+
+
+def _profiled(fn: Callable[..., Any], *inputs: Any) -> list[Event]:
+    """Run a function once, and time what it launches."""
+    account = _Account()
+    watch = _Stopwatch(account)
+
+    def timed(launch: Launch) -> None:
+        place, seen = len(account.events), _get_current_dispatch_mode() is watch
+        alone = account.run(launch.name, True, lambda: _runs_alone(launch))
+        if not (alone and seen):
+            name, us, _ = account.events[place]
+            account.events[place] = name, us, False
+
+    with torch.no_grad(), launch_hook(timed), watch:
+        fn(*inputs)
+    return account.events
 
 # %% ../../nbs/drkernel/01_ckernel.ipynb #b6eae870
 def _written(launch: Launch) -> list[tuple[Tensor, Tensor, Tensor]]:

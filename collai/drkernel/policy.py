@@ -872,8 +872,20 @@ def _json(x: Any) -> Any:
         return [_json(v) for v in x]
     return x if x is None or isinstance(x, str | bool | int | float) else str(x)
 
+# %% ../../nbs/drkernel/07_policy.ipynb #5d1f0a27
+def _judged_task(problem: Problem, code: str, *, pr_mode: str = "displaced", trials: int = 20, correctness_trials: int = 5,
+                 timeout: float | int = 60, baseline: str = "eager", require_generated: bool = True,
+                 **weights: float | int) -> Task:
+    """The task that `judge` hands in; refuses every keyword that it could not use afterwards."""
+    if odd := sorted(weights.keys() - {"w_correct", "w_speed", "w_pr", "cap"}):
+        raise TypeError(f"unknown keyword {odd[0]!r}: neither one of a task nor one of kernel_reward")
+    check_option("pr_mode", pr_mode, "paper", "displaced", "guarded")
+    kernel_reward(False, False, 0.0, 0.0, False, **weights)
+    return Task(problem, code, trials, correctness_trials, timeout, baseline, pr_mode, require_generated)
+
 # %% ../../nbs/drkernel/07_policy.ipynb #98e585cd
 def judge(turn: Turn, problem: Problem, gym: Any, *, pr_mode: str = "displaced", trials: int = 20,
+          correctness_trials: int = 5, timeout: float | int = 60, baseline: str = "eager", require_generated: bool = True,
           **weights: float | int) -> Turn:
     """Evaluate an answer.
 
@@ -885,8 +897,8 @@ def judge(turn: Turn, problem: Problem, gym: Any, *, pr_mode: str = "displaced",
         Or anything with ``evaluate(task)``.
     pr_mode : {"paper", "displaced", "guarded"}
         Coverage that is rewarded: c, c_d, or the lesser of both.
-    trials : int
-        Timed calls.
+    trials, correctness_trials, timeout, baseline, require_generated : int, int, float, str, bool
+        As in `collai.drkernel.gym.Task`.
     **weights : float
         ``w_correct``, ``w_speed``, ``w_pr``, ``cap`` of `collai.drkernel.rewards.kernel_reward`.
 
@@ -897,11 +909,11 @@ def judge(turn: Turn, problem: Problem, gym: Any, *, pr_mode: str = "displaced",
 
     Raises
     ------
-    ValueError
-        If there is no such `pr_mode`.
+    ValueError, TypeError
+        If a value is out of range, or a keyword unknown; before anything is evaluated.
     """
-    check_option("pr_mode", pr_mode, "paper", "displaced", "guarded")
-    r = gym.evaluate(Task(problem, turn.code, trials=trials, pr_mode=pr_mode))
+    r = gym.evaluate(_judged_task(problem, turn.code, pr_mode=pr_mode, trials=trials, correctness_trials=correctness_trials,
+                                  timeout=timeout, baseline=baseline, require_generated=require_generated, **weights))
     both = {"paper": r.coverage, "displaced": r.coverage_displaced, "guarded": min(r.coverage, r.coverage_displaced)}
     reward = kernel_reward(r.compiled, r.correct, r.speedup, both[pr_mode], r.hacked, **weights)
     return replace(turn, feedback=r.feedback(), result=_json(dataclasses.asdict(r)), reward=float(reward),

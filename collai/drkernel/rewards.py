@@ -8,6 +8,7 @@ __all__ = ['kernel_reward', 'profiling_coverage', 'displaced_coverage', 'prs_kee
 
 # %% ../../nbs/drkernel/06_rewards.ipynb #de51fc8e
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -26,6 +27,15 @@ def _one_shape(**parts: torch.Tensor) -> None:
     shapes = {name: tuple(x.shape) for name, x in parts.items() if x.ndim}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"shapes must be equal, got {', '.join(f'{name} {shape}' for name, shape in shapes.items())}")
+
+
+def _part(name: str, x: Any) -> torch.Tensor:
+    """A number or tensor as a tensor without gradient."""
+    if isinstance(x, torch.Tensor):
+        return x.detach()
+    if not isinstance(x, numbers.Number | np.generic):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(x).__name__}")
+    return torch.tensor(x, dtype=torch.float64)
 
 
 def _check_coverage(coverage: torch.Tensor, counts: torch.Tensor) -> None:
@@ -57,19 +67,18 @@ def kernel_reward(compiled: _Value, correct: _Value, speedup: _Value, coverage: 
 
     Raises
     ------
-    ValueError
-        On a bad weight or cap, different shapes; where it counts, a coverage outside [0, 1], a negative or NaN speed-up.
+    ValueError, TypeError
+        On a bad weight or cap, different shapes; where it counts, a coverage outside [0, 1], a negative or NaN speed-up. On
+        what is neither a number nor a tensor, like an array.
     """
     for name, weight in (("w_correct", w_correct), ("w_speed", w_speed), ("w_pr", w_pr)):
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {weight}")
     if not cap > 0:
         raise ValueError(f"cap must be positive, got {cap}")
-    given = (compiled, correct, speedup, coverage, hacked)
-    tensors = [x for x in given if isinstance(x, torch.Tensor)]
-    names = ("compiled", "correct", "speedup", "coverage", "hacked")
-    parts = [x.detach() if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64) for x in given]
-    reward = _reward(dict(zip(names, parts, strict=True)), (w_correct, w_speed, w_pr, cap),
+    given = {"compiled": compiled, "correct": correct, "speedup": speedup, "coverage": coverage, "hacked": hacked}
+    tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+    reward = _reward({name: _part(name, x) for name, x in given.items()}, (w_correct, w_speed, w_pr, cap),
                      [x.dtype for x in tensors if x.is_floating_point()])
     return reward if tensors else float(reward)
 
@@ -90,13 +99,14 @@ def _reward(x: dict[str, torch.Tensor], weights: tuple[float | int, ...],
     return torch.where(paid, w_correct + w_speed * speed + w_pr * x["coverage"].to(dtype), 0)
 
 # %% ../../nbs/drkernel/06_rewards.ipynb #78ae2491
-def profiling_coverage(events: Iterable[tuple[str, float | int, bool]]) -> float:
+def profiling_coverage(events: Iterable[Sequence[Any]]) -> float:
     """Share of the candidate's kernel time spent in generated kernels, c of (drkernel.6.2).
 
     Parameters
     ----------
-    events : iterable of (name, us, is_generated)
-        One entry a kernel launch: its name, its own time on the device in microseconds, and whether it is generated.
+    events : iterable of (name, us, is_generated) or (name, us, is_generated, matters)
+        One entry a kernel launch: its name, its own time on the device in microseconds, whether it is generated and, as in
+        ``profile["events"]`` of the gym's results, whether the result needs it; what it does not need does not count.
 
     Returns
     -------
@@ -106,13 +116,16 @@ def profiling_coverage(events: Iterable[tuple[str, float | int, bool]]) -> float
     Raises
     ------
     ValueError
-        If a time is negative or not finite.
+        If a time is negative or not finite, or an entry has another length.
     """
     times: dict[bool, list[float]] = {True: [], False: []}
-    for name, us, is_generated in events:
+    for event in events:
+        if len(event) not in (3, 4):
+            raise ValueError(f"an event is (name, us, is_generated) or (name, us, is_generated, matters), got {event!r}")
+        name, us, *counts = event
         if not 0 <= us < math.inf:
             raise ValueError(f"time of {name!r} must be finite and not negative, got {us}")
-        times[bool(is_generated)].append(float(us))
+        times[all(counts)].append(float(us))
     total = math.fsum(times[True] + times[False])
     return math.fsum(times[True]) / total if total else 0.0
 
@@ -321,7 +334,8 @@ def summary(results: Iterable[Any], conservative: bool = False) -> dict[str, flo
     ValueError
         If there is no result, or a speed-up is not positive, or a coverage outside [0, 1], where correct.
     """
-    rows = list(results)
+    if not (rows := list(results)):
+        raise ValueError("a summary needs a result, got none")
     good = [r for r in rows if r.correct and not r.hacked]
     if bad := [r.speedup for r in good if not 0 < r.speedup < math.inf]:
         raise ValueError(f"speedup must be positive and finite where correct, got {bad[0]}")

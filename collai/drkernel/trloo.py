@@ -94,6 +94,23 @@ def turn_returns(rewards: _Turns, valid: _Alive, gamma: float | int = 1.0) -> _T
         total[:, t] += gamma * total[:, t + 1]
     return total.to(rewards.dtype)
 
+# %% ../../nbs/drkernel/05_trloo.ipynb #2f8a6b13
+def _pair(clip: Any) -> tuple[Any, Any]:
+    """Both ends of a clip, or refuse what is no pair of numbers."""
+    if not isinstance(clip, tuple | list) or len(clip) != 2 or not all(isinstance(x, numbers.Real) for x in clip):
+        raise ValueError(f"clip must be a pair of numbers, got {clip!r}")
+    return clip[0], clip[1]
+
+
+def _index(group_ids: Any, rows: int) -> Int64[torch.Tensor, " B"]:
+    """`group_index`, whose errors name the arguments of this chain."""
+    if len(group_ids) != rows:
+        raise ValueError(f"group_ids has length {len(group_ids)}, returns have {rows} rows: they must agree")
+    try:
+        return group_index(group_ids, rows)
+    except TypeError as error:
+        raise TypeError(str(error).replace("uid", "group_ids", 1)) from None
+
 # %% ../../nbs/drkernel/05_trloo.ipynb #e6fe04bc
 METHODS = ("trloo", "grpo", "grpo_center", "reinforce")
 
@@ -101,7 +118,7 @@ METHODS = ("trloo", "grpo", "grpo_center", "reinforce")
 def _numbered(group_ids: _Names, rows: int, device: torch.device) -> tuple[Int64[torch.Tensor, " B"], int]:
     """Number of each rollout's group, from 0, and how many groups there are."""
     if not isinstance(group_ids, torch.Tensor):
-        index = group_index(group_ids, rows).to(device)
+        index = _index(group_ids, rows).to(device)
         if any(isinstance(name, float | np.floating) and name != name for name in group_ids):
             raise ValueError("group_ids must not hold NaN, got nan")
         return index, int(index.max()) + 1
@@ -230,6 +247,7 @@ def policy_loss(logp: _Tokens, old_logp: _Tokens, adv: _Turns, mask: _Mask,
     """
     check_option("normalize", normalize, "rollouts", "alive")
     check_tensors(logp=logp, adv=adv)
+    low, high = _pair(clip)
     valid = check_tokens(mask)
     if adv.ndim != 2 or len(valid) != adv.numel():
         raise ValueError(f"mask has shape {tuple(valid.shape)}, adv {tuple(adv.shape)}: it needs one row a turn")
@@ -237,8 +255,8 @@ def policy_loss(logp: _Tokens, old_logp: _Tokens, adv: _Turns, mask: _Mask,
     alive = has_token.reshape(adv.shape).sum(dim=0).clamp(min=1)
     share = (len(adv) / alive.to(torch.promote_types(logp.dtype, torch.float32))).repeat(len(adv))[:, None]
     weight = share.expand(valid.shape) if normalize == "alive" else None
-    loss, stats = ppo_clip_loss(logp, old_logp, adv.reshape(-1, 1).expand(valid.shape), valid, clip_low=clip[0],
-                                clip_high=clip[1], weight=weight, agg="seq-sum-norm")
+    loss, stats = ppo_clip_loss(logp, old_logp, adv.reshape(-1, 1).expand(valid.shape), valid, clip_low=low, clip_high=high,
+                                weight=weight, agg="seq-sum-norm")
     return loss * turns * valid.shape[1], stats | {"turns": float(has_token.sum())}
 
 # %% ../../nbs/drkernel/05_trloo.ipynb #1b606669

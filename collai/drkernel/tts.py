@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from tqdm import tqdm
 
 from ..core.claims import measure_main
 from .gym import KernelGym
-from .policy import PlanPolicy, Trajectory, Turn, judge, training_problems
+from .policy import PlanPolicy, Trajectory, Turn, _judged_task, judge, training_problems
 from .problems import Problem
 from .rewards import fast_p
 from ..rl.adv import check_integer, check_option
@@ -126,6 +127,24 @@ class ScaledTrajectory(Trajectory):
 
     contexts: list[list[int]] = field(default_factory=list)
 
+# %% ../../nbs/drkernel/08_scaling.ipynb #3c9b7f40
+def _identity(policy: Any) -> str:
+    """What tells a policy from others: its class and, if it has them, its key, its chat and its model's weights."""
+    words = [f"{type(policy).__module__}.{type(policy).__qualname__}"]
+    if (key := getattr(policy, "key", None)) is not None:
+        words.append(str(key))
+    chat: Any = getattr(policy, "chat", None)
+    if hasattr(chat, "identity"):  # a model behind an address, and how it is asked
+        asked = json.dumps([chat.identity(), getattr(policy, "options", None)], sort_keys=True, default=str)
+        words.append(hashlib.sha256(asked.encode()).hexdigest()[:16])
+    if isinstance(model := getattr(policy, "model", None), torch.nn.Module):
+        digest = hashlib.sha256()
+        for name, value in sorted(model.state_dict().items()):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode() + raw.tobytes())
+        words.append(digest.hexdigest()[:16])
+    return " ".join(words)
+
 # %% ../../nbs/drkernel/08_scaling.ipynb #7525a1a8
 def _read_log(path: Path, head: dict[str, Any]) -> list[Turn]:
     """Turns of an earlier run with the same arguments; begins a new file when there is none."""
@@ -137,7 +156,7 @@ def _read_log(path: Path, head: dict[str, Any]) -> list[Turn]:
     whole, end, _ = path.read_bytes().rpartition(b"\n")
     try:
         first, *lines = [json.loads(line) for line in whole.split(b"\n")]
-        odd = [name for name in head if first[name] != head[name]]
+        odd = [name for name, value in head.items() if {"policy": None, **first}[name] != value]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is no file of turns") from None
     if odd:
@@ -170,9 +189,10 @@ def sequential_scaling(policy: Any, problem: Problem, gym: Any, turns: int = 5, 
     seed : int
         Turn n is proposed with a seed made of it, of n and of the problem.
     path : str or Path, optional
-        File of judged turns. One of a run with the same arguments is continued, with any `iterations`.
+        File of judged turns. One of a run with the same arguments is continued, with any `iterations`. Policies differ by
+        class and, if they have them, ``key``, identity of ``chat``, weights of ``model``.
     **judging : any
-        Keywords of `judge`, such as ``trials`` and ``pr_mode``.
+        Keywords of `judge`, such as ``trials``, ``timeout`` and ``pr_mode``.
 
     Returns
     -------
@@ -181,8 +201,8 @@ def sequential_scaling(policy: Any, problem: Problem, gym: Any, turns: int = 5, 
 
     Raises
     ------
-    ValueError
-        If a number is out of range, a name unknown, or the file holds another run.
+    ValueError, TypeError
+        If a number is out of range, a name or keyword unknown, or the file holds another run; before the first turn.
     RuntimeError
         If the gym itself failed; the turn is not written, so that a new start evaluates it again.
     """
@@ -213,7 +233,7 @@ class _Run:
 
     def begin(self, options: dict[str, Any]) -> None:
         """Read what an earlier run with the same arguments has made."""
-        head = {"problem": self.key, **options, "seed": self.seed, "judging": self.judging}
+        head = {"problem": self.key, "policy": _identity(self.policy), **options, "seed": self.seed, "judging": self.judging}
         if self.path is not None:
             self.made.extend(_read_log(self.path, head))
 
@@ -234,6 +254,7 @@ class _Run:
 # %% ../../nbs/drkernel/08_scaling.ipynb #0f275a7d
 def _scale(run: _Run, iterations: int, options: dict[str, Any]) -> ScaledTrajectory:
     """Make the turns, iteration by iteration."""
+    _judged_task(run.problem, "", **run.judging)
     run.begin(options)
     turns, keep, contexts, n = options["turns"], options["keep"], [], 0
     total = turns + (iterations - 1) * (turns - keep)

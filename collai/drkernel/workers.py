@@ -124,6 +124,17 @@ def _check_queue(seconds: float | int, max_deaths: int, max_failures: int) -> No
             raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
+def _place(path: str | os.PathLike[str]) -> str:
+    """A queue's file as every process finds it, whatever folder it works in; refuse what can be none."""
+    place = os.path.abspath(path)
+    if not os.fspath(path) or os.path.isdir(place):
+        got = f"and {place} is a folder" if os.fspath(path) else "got ''"
+        raise ValueError(f"queue must be the path of a file, {got}")
+    if not os.path.isdir(folder := os.path.dirname(place)):
+        raise FileNotFoundError(f"no folder {folder} for the queue {place}")
+    return place
+
+
 def _check_priority(priority: int) -> int:
     """Refuse what is no integer of 64 bits, all that a file or a server can sort by."""
     if not -2**63 <= (number := operator.index(priority)) < 2**63:
@@ -429,7 +440,7 @@ class LeasedQueue:
     Parameters
     ----------
     path : str or path-like
-        SQLite file on a disk of this computer. An old one is continued.
+        SQLite file on a disk of this computer, in a folder that exists. An old one is continued.
     seconds : float
         Length of a lease; a heartbeat begins it anew.
     max_deaths, max_failures : int
@@ -438,8 +449,8 @@ class LeasedQueue:
 
     Raises
     ------
-    ValueError
-        If a number is not positive, or the file is no queue.
+    ValueError, FileNotFoundError
+        If a number is not positive, or the file is no queue; if its folder is missing.
 
     Notes
     -----
@@ -451,7 +462,7 @@ class LeasedQueue:
                  max_failures: int = 5) -> None:
         _check_queue(seconds, max_deaths, max_failures)
         self.seconds, self.max_deaths, self.max_failures = seconds, max_deaths, max_failures
-        self._file = SharedFile(path, "queue", _MARK, _TABLES)
+        self._file = SharedFile(_place(path), "queue", _MARK, _TABLES)
 
     submit, lease, heartbeat, finish, fail, reclaim = _submit, _lease, _heartbeat, _finish, _fail, _reclaim
     records, wait, counts = _records, _wait_record, _counts
@@ -711,7 +722,7 @@ def _find_keeper(self: Any, ray: Any) -> None:
         max_restarts=-1, max_task_retries=-1, scheduling_strategy=place).remote(self.path, settings)
     try:
         agrees = self._ask("agrees", settings)
-    except ValueError:
+    except (ValueError, OSError):
         ray.kill(self._keeper)  # of no use to anyone
         raise
     if not agrees:

@@ -132,6 +132,23 @@ def test_a_measurement_runs_from_the_command_line(tmp_path, capsys):
         claims.measure_main(lambda device: [], ["--device", "tpu", "--out", str(out)])
 
 
+def test_help_is_the_first_paragraph(capsys):
+    def measure(device):
+        """Time what is
+        slow.
+
+        Parameters
+        ----------
+        device : str
+        """
+        return []
+
+    with pytest.raises(SystemExit):
+        claims.measure_main(measure, ["--help"])
+    out = capsys.readouterr().out
+    assert "Time what is slow." in out and "Parameters" not in out
+
+
 def test_a_gpu_is_named_by_its_driver(monkeypatch):
     answer = subprocess.CompletedProcess([], 0, stdout="Some GPU, 580.1\n", stderr="")
     monkeypatch.setattr(claims.subprocess, "run", lambda *a, **k: answer)

@@ -19,8 +19,10 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from jaxtyping import config
 
 from collai.core import sandbox
 from collai.drkernel import gym as module
@@ -63,6 +65,11 @@ class ModelNew(nn.Module):
         return y
 '''
 TORCH = "y = torch.relu(x * self.weight + self.bias)"
+
+
+def unseen(text):
+    """The same at run time, where no look at the source finds it."""
+    return f"exec({text!r})"
 
 
 def candidate(top="", init="pass", before="pass", after="pass"):
@@ -340,6 +347,14 @@ def test_a_problem_that_fails_is_an_infra_error_and_no_fault_of_the_candidate(gy
     assert gym.evaluate(task(candidate("# after a broken problem"))).status == "ok"
 
 
+@pytest.mark.parametrize("place", ["get_inputs():", "forward(self, x):"])
+def test_an_error_of_a_problem_names_the_problem(place, gym):
+    broken = PROBLEM.source.replace(f"def {place}", f"def {place}\n        raise OSError('no data')" if "self" in place
+                                    else f"def {place}\n    raise OSError('no data')")
+    result = gym.evaluate(task(candidate(), Problem.from_source(broken, name="my own")))
+    assert result.status == "infra_error" and result.error.startswith("problem 'my own': OSError: no data"), result.error
+
+
 def test_what_the_judge_does_is_not_on_the_candidates_time(gym):
     slow = PROBLEM.source.replace("def get_inputs():", "def get_inputs():\n    import time; time.sleep(0.25)")
     result = gym.evaluate(task(candidate(), Problem.from_source(slow, name="slow"), timeout=1.0, correctness_trials=3))
@@ -417,9 +432,104 @@ threading.Thread(target=burn, daemon=True).start()
 """
 
 
-def test_work_after_the_answer_is_found(gym):
-    deferred = gym.evaluate(task(candidate(LATE)))
-    assert (deferred.status, deferred.flags) == ("hacked", ("deferred_work",)) and deferred.correct
+def test_work_at_handing_in_is_paid(gym):
+    late = gym.evaluate(task(candidate(unseen(LATE))))
+    assert (late.status, late.flags) == ("ok", ()) and late.new_ms > 4.5 and late.speedup < 0.5
+
+
+# what it answers to: the kernel runs only when the judge asks for a copy of the outputs
+DEFERRED = """
+import sys
+g = sys.modules["collai.drkernel.gym"]
+own, said = g._copy_out, g._hand_in
+def later(count):
+    g._HELD["calls"] = []
+    return said()
+def copy_out():
+    g._HELD["calls"] = [g._HELD["model"](*one) for one in g._HELD["sets"]]
+    return own()
+g._forward, g._copy_out = later, copy_out
+"""
+# it says that it is done, where the output will stand, and goes on
+EARLY = """
+import json, sys
+g = sys.modules["collai.drkernel.gym"]
+forward, write = g._forward, g._write_fd
+def early(count):
+    model, x = g._HELD["model"], g._HELD["sets"][0][0]
+    y = g._HELD["y"] = torch.empty_like(x)
+    g._claim({"outputs": [[y.data_ptr(), *y.stride()]]})
+    write(4, b"d")
+    end = time.perf_counter() + 3e-3
+    while time.perf_counter() < end: pass
+    K.f(x, model.weight, model.bias, y, *x.shape)
+    g._write_fd = lambda *a: setattr(g, "_write_fd", write)
+    return b"d"
+g._forward = early
+"""
+
+
+def test_nothing_runs_after_the_answer(gym):
+    honest = gym.evaluate(task(candidate()))
+    for text in (DEFERRED, EARLY):
+        result = gym.evaluate(task(candidate(unseen(text)), trials=10))
+        charged = result.status == "ok" and result.new_ms > 2.5  # it went on while the judge waited for its turn
+        assert charged or (result.status == "incorrect" and result.speedup == 0.0), result
+    assert honest.status == "ok"
+
+
+class Copying(KernelGym):
+    """A gym on a machine where no process may read another one's memory."""
+
+    def _hire(self, number):
+        self.options["reads"] = False
+        return super()._hire(number)
+
+
+def test_where_memory_cant_be_read_work_in_the_copy_is_paid(kernels):
+    with Copying() as gym:
+        assert gym.evaluate(task(candidate())).status == "ok"
+        wrong = gym.evaluate(task(candidate(after="y[3, 4] += 1e-3")))
+        late = gym.evaluate(task(candidate(unseen(DEFERRED.replace("    return own()", "    time.sleep(5e-3)\n    return own()"))),
+                                 correctness_trials=2))
+    assert wrong.status == "incorrect" and late.new_ms > 4.5 and late.speedup < 0.5
+    assert late.status == "hacked" and "deferred_work" in late.flags, late.error
+
+
+SPANS = {"another address": ("[[1 << 40, 32, 1]]", "can't be read"), "no address": ("[]", "no word"),
+         "a negative one": ("[[-8, 32, 1]]", "no word"), "text": ("[['0', 32, 1]]", "no word"), "truth": ("[[True, 32, 1]]", "no word"),
+         "a stride too few": ("[[p, 32]]", "no word"), "far strides": ("[[p, 1 << 30, 1]]", "spread over"),
+         "no list": ("7", "no word"), "more than one": ("[[p, 32, 1]] * 2", "no word")}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_a_claimed_place_must_fit_the_output(name, gym):
+    text, error = SPANS[name]
+    forged = f"""
+import sys
+g = sys.modules["collai.drkernel.gym"]
+own = g._claim
+def claim(message):
+    if "outputs" in message:
+        p = message["outputs"][0][0]
+        message = {{"outputs": {text}}}
+    own(message)
+g._claim = claim
+"""
+    result = gym.evaluate(task(candidate(unseen(forged))))
+    assert (result.status, result.flags) == ("incorrect", ("output_type",)) and error in result.error
+    assert gym.evaluate(task(candidate(f"# after {name}"))).status == "ok"
+
+
+LAYOUTS = {"turned": "y = y.t().contiguous().t()", "a column of pairs": "z = torch.empty(16, 32, 2); z[..., 0] = y; y = z[..., 0]",
+           "far apart": "z = torch.empty(16, 640); z[:, ::20] = y; y = z[:, ::20]",
+           "with an offset": "z = torch.empty(17, 32); z[1:] = y; y = z[1:]"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_outputs_may_stand_in_memory_in_any_way(name, gym):
+    result = gym.evaluate(task(candidate(after=LAYOUTS[name])))
+    assert (result.status, result.flags) == ("ok", ()), result.error
 
 
 CLOCKS = """
@@ -434,7 +544,7 @@ vars(torch.cuda).update(synchronize=lambda *a: None, Event=None)
 
 def test_the_time_is_the_judges(gym):
     honest = gym.evaluate(task(candidate(before="time.sleep(4e-3)")))
-    patched = gym.evaluate(task(candidate(CLOCKS, before="KEPT(4e-3)")))
+    patched = gym.evaluate(task(candidate(unseen(CLOCKS), before="KEPT(4e-3)")))
     for result in (honest, patched):
         assert (result.status, result.flags) == ("ok", ()) and 4 <= result.new_ms < 12 and result.speedup < 0.5
 
@@ -551,7 +661,7 @@ raise RuntimeError(f"writable {sorted(writable) == sorted(os.fstat(fd).st_ino fo
 # --- tampering --------------------------------------------------------------------------------------------------------
 
 WRONG = "y = torch.full_like(y, 0.5)"
-SILENT = "vars(sys.modules['collai.drkernel.gym'])['_copy_out'] = lambda: ''"
+SILENT = "vars(sys.modules['collai.drkernel.gym'])['_hand_in'] = lambda: b'd'"
 TWICE = """
 space = vars(sys.modules["collai.drkernel.gym"])
 KEPT = space["_write_fd"]
@@ -560,12 +670,12 @@ space["_write_fd"] = lambda fd, text: KEPT(fd, text + text)
 
 
 def test_what_nobody_wrote_is_no_answer(gym):
-    result = gym.evaluate(task(candidate(SILENT)))
-    assert result.status == "incorrect" and "trial 1" in result.error
+    result = gym.evaluate(task(candidate(unseen(SILENT))))
+    assert (result.status, result.flags) == ("incorrect", ("output_type",)) and "no word" in result.error
 
 
 def test_an_answer_that_was_not_asked_for_is_a_violation(gym):
-    result = gym.evaluate(task(candidate(TWICE)))
+    result = gym.evaluate(task(candidate(unseen(TWICE))))
     assert (result.status, result.flags, result.correct) == ("hacked", ("protocol_violation",), False)
 
 
@@ -588,14 +698,15 @@ TAMPERED = {
     "another os.write": ("vars(os).update(write=lambda *a: 0, read=lambda *a: b'')", None),
     "another copy": ("C = torch.Tensor.copy_\ntype.__setattr__(torch.Tensor, 'copy_', lambda s, o, *a: C(s, torch.ones_like(s)))", None),
     "a true comparison": ("for n in ('allclose', 'equal', 'isfinite'):\n    vars(torch)[n] = lambda *a, **k: True", None),
-    "another gym": ("g = vars(sys.modules['collai.drkernel.gym'])\nfor n in ('_copy_out', '_complaint', '_claim', 'compare'):\n"
+    "another gym": ("g = vars(sys.modules['collai.drkernel.gym'])\nfor n in ('_copy_out', '_hand_in', '_complaint', '_claim', 'compare'):\n"
                     "    g[n] = lambda *a, **k: ''", None),
     "no forward": ("g = vars(sys.modules['collai.drkernel.gym'])\ng['_forward'] = lambda *a: None", None),
     "outputs kept": ("g = vars(sys.modules['collai.drkernel.gym'])\nF = g['_forward']\nS = []\n"
                      "def forward(n):\n    if len(S) < 2: S.append(F(n))\ng['_forward'] = forward", None),
     "its own deadline": ("import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 1))", "ok"),
     "lies about its profile": ("g = vars(sys.modules['collai.drkernel.gym'])\n"
-                               "g['profile_launches'] = lambda *a: {1: float('nan')}", None),
+                               "g['_profiled'] = lambda *a: {1: float('nan')}", None),
+    "everything left to exec": (unseen("import torch\ntorch.equal = torch.allclose = lambda *a, **k: True"), None),
 }
 
 
@@ -612,18 +723,115 @@ def test_tampering_makes_nothing_right_that_is_wrong_and_harms_nobody(name, gym)
 
 
 CLAIMS = """
-def lie(model, *inputs): return [("f", 1000.0, True)]
-vars(sys.modules["collai.drkernel.gym"])["profile_launches"] = lie
+import json, sys
+g = sys.modules["collai.drkernel.gym"]
+def lie(model, *inputs):
+    model(*inputs)
+    return ROWS
+g._profiled = lie
+"""
+VOID = {"much too long": "[['f', 1000.0 * 1000, True]]", "none of it": "[]", "less than half": "[['f', 1.0, True]]",
+        "NaN": "[['f', float('nan'), True]]", "infinity": "[['f', float('inf'), True]]", "negative": "[['f', -1.0, True]]",
+        "a number without end": "[['f', 10**400, True]]", "text": "[['f', 'x', True]]", "two in a row": "[['f', 1.0]]",
+        "a number": "5", "no list": "{'f': 1}"}
+
+
+@pytest.mark.parametrize("name", VOID)
+def test_an_account_that_does_not_fit_the_time_is_void(name, gym):
+    slow = "for _ in range(300): x = (x + 1) - 1"
+    result = gym.evaluate(task(candidate(unseen(CLAIMS.replace("ROWS", VOID[name])), before=slow)))
+    assert result.status in ("ok", "hacked") and "profile_mismatch" in result.flags, result
+    assert (result.coverage, result.coverage_displaced) == (0.0, 0.0) and result.status != "infra_error"
+
+
+def test_an_account_that_is_no_json_is_void(gym):
+    for text in (b"[" * 200_000, b'{"events": [["f", NaN, true]]}', b"\xff", b"{}", b'{"events": ' + b"9" * 5000 + b"}"):
+        forged = f"""
+import sys
+g = sys.modules["collai.drkernel.gym"]
+def account():
+    text = {text!r}
+    g._HELD["claims"][:len(text) + 4] = len(text).to_bytes(4, "little") + text
+g._profile = account
+"""
+        result = gym.evaluate(task(candidate(unseen(forged))))
+        assert (result.status, result.correct) == ("hacked", True) and "profile_mismatch" in result.flags
+        assert (result.coverage, result.coverage_displaced) == (0.0, 0.0)
+
+
+def test_an_honest_account_is_believed(gym):
+    result = gym.evaluate(task(candidate(before="for _ in range(300): x = (x + 1) - 1")))
+    assert (result.status, result.flags) == ("ok", ()) and 0 < result.coverage < 0.2 and result.coverage_displaced == 0
+
+
+HIDDEN = """
+from torch.utils._python_dispatch import _disable_current_modes
+def work(x):
+    for _ in range(3000): x = (x + 1) - 1
+    return x
 """
 
 
-def test_a_candidate_that_lies_about_its_profile_gains_no_coverage(gym):
-    slow = "for _ in range(300): x = (x + 1) - 1"
-    honest = gym.evaluate(task(candidate(before=slow), correctness_trials=1))
-    lying = gym.evaluate(task(candidate(CLAIMS, before=slow), correctness_trials=1))
-    if honest.status == lying.status == "ok":
-        assert honest.coverage < 0.2 and honest.coverage_displaced == 0
-        assert lying.coverage < 0.5 and lying.coverage_displaced < 0.5, lying.profile
+def test_torch_behind_the_profiles_back_is_no_coverage(gym):
+    before = "with _disable_current_modes(): x = work(x)"
+    seen = gym.evaluate(task(candidate(HIDDEN, before="x = work(x)")))
+    hidden = gym.evaluate(task(candidate(HIDDEN, before=before)))
+    assert (seen.status, seen.flags) == ("ok", ()) and hidden.status == "ok" and hidden.flags == ("profile_mismatch",)
+    assert hidden.coverage == hidden.coverage_displaced == 0.0
+
+
+CALLED_BACK = candidate("""
+B = cjit('void work(float *y, long call) { ((void (*)(void))call)(); }')
+CALL = ctypes.CFUNCTYPE(None)
+""", after="""
+def work(): torch.relu(x * self.weight + self.bias, out=None) if False else y.copy_(torch.relu(x * self.weight + self.bias))
+y = torch.empty_like(x)
+call = CALL(work)
+B.work(y, ctypes.cast(call, ctypes.c_void_p).value)
+""").replace("K.f(x, self.weight", "(lambda *a: 0)(x, self.weight")
+
+
+def test_c_that_calls_torch_back_is_no_kernel(gym):
+    result = gym.evaluate(task(CALLED_BACK))
+    assert (result.status, result.flags, result.coverage) == ("hacked", ("no_generated_kernel",), 0.0)
+    assert ["work", False] in [[name, made] for name, _, made, _ in result.profile["events"]]
+
+
+def test_messages_that_make_no_sense_are_no_fault_of_the_gym(gym):
+    for message in ("{'src': 5, 'flags': []}", "{'src': 'void f(void) {}', 'flags': [5]}", "{'src': 'void f(void) {}', 'flags': 5}", "[1]",
+                    "{'src': 'void f(void) {}'}", "{'src': chr(0xd800), 'flags': []}"):
+        ask = f"""
+import json, sys
+g = sys.modules["collai.drkernel.gym"]
+text = json.dumps({message}).encode()
+g._write_fd(4, b"q" + len(text).to_bytes(4, "little") + text)
+assert "error" in g._hear_message()
+"""
+        result = gym.evaluate(task(candidate(unseen(ask))))
+        assert (result.status, result.error) == ("ok", None), (message, result)
+    forged = "import sys\ng = sys.modules['collai.drkernel.gym']\ndef forward(n):\n    g._claim({'type': 5, 'text': [1]})\n    return b'e'\ng._forward = forward"
+    assert gym.evaluate(task(candidate(unseen(forged)))).status == "runtime_error"
+
+
+def test_the_answers_of_the_catalogue_are_out_of_reach(gym):
+    for line in ("from collai.drkernel.hacks import honest", "import collai.rl.adv",
+                 "open(sys.modules['collai.drkernel.problems'].__file__)", "open(sys.modules['collai.drkernel.gym'].__file__)",
+                 "os.listdir(os.path.dirname(sys.modules['collai'].__file__))"):
+        result = gym.evaluate(task(candidate(line)))
+        assert result.status == "runtime_error" and "PermissionError" in result.error, line
+    own = "from collai.drkernel.problems import builtin_problems\nassert builtin_problems() == []"
+    assert gym.evaluate(task(candidate(own))).status == "ok"
+
+
+def test_only_own_shared_objects_can_be_read(gym):
+    other = str(next(Path(os.environ["COLLAI_KERNELS"]).glob("*.so")))
+    for line in (f"open({other!r}, 'rb')", f"ctypes.CDLL({other!r})", f"os.listdir({os.environ['COLLAI_KERNELS']!r})"):
+        result = gym.evaluate(task(candidate(line)))
+        assert result.status == "runtime_error" and re.search("Permission denied|cannot open", result.error), result.error
+    own = "assert [n for n in os.listdir('.') if n.endswith('.so')]\nos.chmod(next(n for n in os.listdir('.') if n.endswith('.so')), 0o600)"
+    assert gym.evaluate(task(candidate(own))).status == "ok"
+    unfit = "os.chmod('.', 0)\ncjit('void g(float *y) { y[0] = 1; }')"
+    assert gym.evaluate(task(candidate(unfit))).status in ("ok", "runtime_error")
 
 
 # --- tasks, results, cache --------------------------------------------------------------------------------------------
@@ -641,24 +849,38 @@ def dispatch(gym, *tasks):
     ({"timeout": 0}, "timeout must be positive and finite, got 0"),
     ({"timeout": math.inf}, "timeout must be positive and finite, got inf"),
     ({"timeout": math.nan}, "timeout must be positive and finite, got nan"),
+    ({"timeout": 10**400}, "timeout must be positive and finite, got 1000"),
     ({"baseline": "fast"}, "baseline must be one of eager, compile, got 'fast'"),
     ({"pr_mode": "both"}, "pr_mode must be one of paper, displaced, guarded, got 'both'"),
+    ({"trials": 2.5}, "trials must be a whole number, got 2.5"),
+    ({"trials": "5"}, "trials must be a whole number, got '5'"),
+    ({"trials": True}, "trials must be a whole number, got True"),
+    ({"correctness_trials": 1.5}, "correctness_trials must be a whole number, got 1.5"),
+    ({"priority": 1.5}, "priority must be a whole number, got 1.5"),
+    ({"timeout": "5"}, "timeout must be positive and finite, got '5'"),
+    ({"timeout": True}, "timeout must be positive and finite, got True"),
+    ({"require_generated": "no"}, "require_generated must be True or False, got 'no'"),
+    ({"trials": 10**6}, "trials must be <= 10000, got 1000000"),
+    ({"correctness_trials": 10**6}, "correctness_trials must be <= 10000, got 1000000"),
 ])
 def test_a_task_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Task(**{"problem": PROBLEM, "code": "", **options})
-    for name in ("trials", "correctness_trials", "priority"):
-        with pytest.raises(TypeError):
-            Task(PROBLEM, "", **{name: 1.5})
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"workers": 0}, "workers must be >= 1, got 0"),
+    ({"workers": 1.5}, "workers must be a whole number, got 1.5"),
+    ({"workers": True}, "workers must be a whole number, got True"),
+    ({"memory_mb": "1"}, "memory_mb must be a whole number, got '1'"),
     ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
     ({"backend": "cuda"}, "backend must be one of c, triton, auto, got 'cuda'"),
     ({"sandbox": "most"}, "sandbox must be one of auto, strict, off, got 'most'"),
     ({"memory_mb": 0}, "memory_mb must be >= 1, got 0"),
     ({"device": "cuda", "backend": "c"}, "backend on 'cuda' must be one of triton, got 'c'"),
+    ({"queue": "http://x"}, "queue must be a path or begin with redis://, rediss:// or ray://, got 'http://x'"),
+    ({"queue": ""}, "queue must be the path of a file, got ''"),
+    ({"queue": os.path.dirname(__file__)}, "queue must be the path of a file, and .*/drkernel is a folder"),
 ])
 def test_a_gym_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -672,6 +894,34 @@ def test_a_missing_gpu_or_package_is_named(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the extra \[triton\]: pip install collai\[triton\]"):
         KernelGym(backend="triton")
+
+
+def test_numbers_of_numpy_are_numbers():
+    config.update("jaxtyping_disable", True)  # the annotations say int and float
+    try:
+        one = Task(PROBLEM, "", np.int64(4), np.uint8(2), np.float32(1.5), priority=np.int32(-1))
+    finally:
+        config.update("jaxtyping_disable", False)
+    assert one == Task(PROBLEM, "", 4, 2, 1.5, priority=-1) and json.loads(json.dumps(module._payload(one)))["trials"] == 4
+    assert [type(n) for n in (one.trials, one.correctness_trials, one.timeout, one.priority)] == [int, int, float, int]
+
+
+def test_what_is_no_task_is_named(gym):
+    for wrong in ("x", None, {"code": "x"}):
+        with pytest.raises(TypeError, match=f"task must be a Task, got {type(wrong).__name__}"):
+            gym.submit(wrong)
+
+
+def test_a_relative_path_means_the_same_file_to_every_worker(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLLAI_KERNELS", "made")
+    with KernelGym(queue="tasks.db") as one:
+        assert one.result(one.submit(task(candidate("# relative"))), timeout=20).status == "ok"
+        assert one.evaluate(task(candidate("# relative"))).cached
+    assert {"tasks.db", "tasks.db.cache", "made"} <= set(os.listdir(tmp_path)) and list((tmp_path / "made").glob("*.so"))
+    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/none for the queue"):
+        KernelGym(queue="none/tasks.db")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.fixture
@@ -725,11 +975,12 @@ def test_what_a_result_depends_on_is_in_its_key(gym):
     base = candidate("raise SystemExit  # key").replace("raise SystemExit", "os.write(4, b'x')")
     assert not gym.evaluate(task(base)).cached
     other = PROBLEM.with_sizes(ROWS=8, COLS=32)
-    changes = [{"trials": 4}, {"correctness_trials": 2}, {"pr_mode": "paper"}, {"baseline": "compile"},
+    changes = [{"trials": 4}, {"correctness_trials": 2}, {"baseline": "compile"},
                {"require_generated": False}, {"problem": other}]
     for change in changes:
         assert not gym.evaluate(task(base, **change)).cached and gym.evaluate(task(base, **change)).cached
     assert not gym.evaluate(task(base + "\n")).cached
+    assert gym.evaluate(task(base, pr_mode="paper")).cached  # who reads a result picks the coverage
 
 
 def test_without_a_cache_the_same_is_judged_again(fleet):
@@ -760,6 +1011,40 @@ def test_waiting_ends_and_unknown_ids_are_refused(gym):
     assert time.monotonic() - began < 0.3 and gym.result(id, timeout=20).status == "runtime_error"
     with pytest.raises(KeyError, match="no task 'nobody'"):
         gym.result("nobody")
+
+
+def test_who_waits_for_a_result_is_told_when_the_gym_is_closed(kernels):
+    found = []
+
+    def wait(one, id):
+        try:
+            found.append(one.result(id))
+        except RuntimeError as error:
+            found.append(str(error))
+
+    with KernelGym() as one:
+        id = one.submit(task(candidate("while True: pass"), timeout=600))
+        thread = threading.Thread(target=wait, args=(one, id), daemon=True)
+        thread.start()
+        time.sleep(0.3)
+    thread.join(10)
+    assert found == ["the gym is closed"]
+
+
+@pytest.mark.parametrize("end", ["exit", "SIGTERM"])
+def test_a_gym_that_nobody_closed_leaves_no_folder(end, kernels):
+    code = f"""
+import sys; sys.path[:] = {sys.path!r}
+import os, signal
+from collai.drkernel.gym import KernelGym
+gym = KernelGym()
+print(gym._own, gym._zygote.folder, sep="\\n", flush=True)
+if {end!r} == "SIGTERM":
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    folders = done.stdout.split()
+    assert len(folders) == 2 and soon(lambda: not any(map(os.path.exists, folders)))
 
 
 def test_map_keeps_the_order_and_every_id_has_one_record(fleet):
@@ -998,6 +1283,24 @@ FORGED = {
     "inside a function": ("def f():\n    import time\n    time.time = print", "time.time"),
     "builtins": ("import builtins\nbuiltins.len = print", "builtins.len"),
     "__builtins__": ("__builtins__.len = print", "builtins.len"),
+    "another name": ("import time\nt = time\nt.time = print", "time.time"),
+    "another name later": ("import time\ndef f():\n    t.time = print\nt = time", "time.time"),
+    "one of two names": ("import time, os\nt, o = time, os\nt.time = print", "time.time"),
+    "a walrus": ("import time\n(t := time).__name__\nt.time = print", "time.time"),
+    "the table of modules": ("import sys\ng = sys.modules['time']\ng.time = print", "time.time"),
+    "an entry of that": ("import sys\nsys.modules['time'] = print", "sys.modules.time"),
+    "import_module": ("import importlib\nt = importlib.import_module('time')\nt.time = print", "time.time"),
+    "__import__": ("__import__('time').time = print", "time.time"),
+    "getattr": ("import torch\ngetattr(torch, 'Tensor').copy_ = print", "torch.Tensor.copy_"),
+    "a dictionary": ("import time\ntime.__dict__['time'] = print", "time.time"),
+    "its alias": ("import time\nd = vars(time)\nd['time'] = print", "time.time"),
+    "a dictionary's method": ("import torch\ntorch.__dict__.update(equal=print)", "torch.?"),
+    "a dictionary in place": ("import torch\nd = torch.__dict__\nd |= {'equal': print}", "torch.?"),
+    "type.__setattr__": ("import torch\ntype.__setattr__(torch.Tensor, 'copy_', print)", "torch.Tensor.copy_"),
+    "its own __setattr__": ("import time\ntime.__setattr__('time', print)", "time.time"),
+    "__delattr__": ("import time\nobject.__delattr__(time, 'time'), print", "time.time"),
+    "mock": ("from unittest import mock\nmock.patch('torch.allclose', print).start()", "torch.allclose"),
+    "mock of an object": ("import torch\nfrom unittest.mock import patch\npatch.object(torch, 'equal', print).start()", "torch"),
     "a loop": ("import time\nfor time.time in [print]: pass", "time.time"),
     "with": ("import time\nwith open('x') as time.time: print", "time.time"),
 }
@@ -1035,7 +1338,12 @@ class ModelNew(nn.Module):
         self.conv.bias.data.zero_()
         setattr(self, "half", None)
         delattr(self, "half")
-        self.table = np.zeros(3)
+        object.__setattr__(self, "half", None)
+        self.__dict__.update(half=None)
+        t, self.table = os, np.zeros(3)
+        t = self
+        t.other = 1
+        for os in (): os.name = 1
         self.table[0] = 1
     def forward(self, x):
         x = x.detach()
@@ -1106,7 +1414,7 @@ def test_a_measurement_alternates_and_fills_its_windows(monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "shown"), [
-    ({"rounds": 0}, "got 0 and 5.0"), ({"window_ms": 0}, "got 10 and 0"), ({"window_ms": math.nan}, "got 10 and nan")])
+    ({"rounds": 0}, "got 0 and 5.0"), ({"rounds": 1.5}, "got 1.5 and 5.0"), ({"window_ms": 0}, "got 10 and 0"), ({"window_ms": math.nan}, "got 10 and nan")])
 def test_a_measurement_that_makes_no_sense_is_refused(options, shown):
     with pytest.raises(ValueError, match=f"rounds must be >= 1 and window_ms > 0, {shown}"):
         measure(print, print, **options)
@@ -1121,9 +1429,45 @@ def test_the_floor_is_the_larger_of_two_bounds():
             assert found == pytest.approx(900 * max(bytes / bandwidth, flops / peak))
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
         roofline_floor(1, 1, "tpu")
-    for pair in ((-1, 1), (1, -2.5), (math.nan, 1)):
-        with pytest.raises(ValueError, match="must not be negative, got"):
-            roofline_floor(*pair, "cpu")
+    for given in ((-1, 1), (1, -2.5), (math.nan, 1)):
+        with pytest.raises(ValueError, match="must not be negative, and bandwidth > 0, got"):
+            roofline_floor(*given, "cpu")
+    for bandwidth in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="bandwidth > 0, got 1, 1 and"):
+            roofline_floor(1, 1, "cpu", bandwidth)
+    assert roofline_floor(1e9, 0, "cpu", 1e10) == pytest.approx(90) and roofline_floor(1e9, 0, "cpu", 1e20) == roofline_floor(1e9, 0, "cpu")
+
+
+def test_a_rate_out_of_reach_is_that_of_this_core():
+    for size in (1 << 22, 1 << 25):
+        source, target = torch.ones(2, size // 8)
+        spent = min(module._window(lambda: target.copy_(source), 1) for _ in range(5))  # noqa: B023
+        assert size / module._out_of_reach(size) < 1e-3 * spent < 20 * size / module._out_of_reach(size)
+
+
+def test_blocks_of_two_pairs_cancel_a_drift_that_is_linear_in_each():
+    m = lambda t: math.exp(0.4 * t)  # noqa: E731
+    ref = [3 * m(t) for k in range(6) for t in (9 * k, 9 * k + 3)]
+    new = [2 * m(t) for k in range(6) for t in (9 * k + 1, 9 * k + 2)]
+    assert module._paired(ref, new) == (pytest.approx(1.5), (pytest.approx(1.5), pytest.approx(1.5)))
+    assert module._paired([*ref, 1e9, 1.0], [*new, 1.0, 1.0])[0] == pytest.approx(1.5)
+
+
+def test_no_draw_comes_twice_to_the_same_child(monkeypatch):
+    class Draws:
+        def inputs(self, seed, device):
+            drawn.append(torch.randn(1 << 11, 1 << 9))
+            return [drawn[-1]]
+    drawn = []
+    monkeypatch.setattr(module, "_KEPT_BYTES", 3 << 22)
+    bench = module._Bench.__new__(module._Bench)
+    bench.device, bench.problem, bench.bases, bench.unused = "cpu", Draws(), [], []
+    bench.trials = [(0, dataclasses.make_dataclass("T", ["inputs"])([torch.empty(1 << 11, 1 << 9)]))]
+    for child, new in ((1, 5), (2, 2)):
+        bench.unused, before = list(bench.bases), len(drawn)
+        seen = [bench.unseen()[0] for _ in range(5)]
+        ratios = {round(float((v[:, 1] / v[:, 0]).sort().values[1000]), 6) for v in seen}
+        assert len(drawn) - before == new and len(ratios) == 5 and len(bench.bases) == 3, child
 
 
 # --- feedback ---------------------------------------------------------------------------------------------------------
@@ -1136,6 +1480,30 @@ def test_feedback_names_what_helps():
         assert words in text
     assert "k2" not in text and "k6: 60 us, does not matter" in text and text.count("does not matter") == 1
     assert text.index("k7") < text.index("k6") < text.index("k5")
+
+
+def test_feedback_shows_the_candidates_own_frames_and_a_short_message(gym):
+    code = candidate(before="raise ValueError('b\u00f6se ' + 'a' * 5000 + ' end')")
+    line = next(n for n, text in enumerate(code.splitlines(), 1) if "raise ValueError" in text)
+    text = gym.evaluate(task(code)).feedback()
+    assert f"candidate.py:{line} in forward" in text and "ValueError: b\u00f6se aaa" in text and text.endswith("aaa end")
+    assert "gym.py" not in text and "torch/nn" not in text and len(text) < 500, text
+    crash = gym.evaluate(task(candidate(before="import ctypes; ctypes.string_at(8)"))).feedback()
+    assert "SIGSEGV" in crash and re.search(r"candidate\.py:\d+ in forward", crash), crash
+    assert "gym.py" not in crash and "File" not in crash and len(crash) < 500, crash
+    noisy = gym.evaluate(task(candidate().replace("float v = ", "flot v = "))).feedback()
+    assert noisy.startswith("Does not compile.") and "unknown type name" in noisy
+
+
+SURROGATES = (candidate(before="raise ValueError('\\ud83d')"), candidate("setattr(torch, '\\udead', 1)"), "x = '\ud83d'")
+
+
+@pytest.mark.parametrize("code", SURROGATES)
+def test_half_a_character_in_what_a_candidate_says_harms_nobody(code, gym):
+    result = gym.evaluate(task(code))
+    for text in (result.feedback(), repr(result), json.dumps(module._write_result(result), ensure_ascii=False)):
+        text.encode()
+    assert module._plain({"\ud83d": ["a\ud83d", 1.5]}) == {"?": ["a?", 1.5]}  # as older files hold it
 
 
 @pytest.mark.parametrize("status", STATUSES)

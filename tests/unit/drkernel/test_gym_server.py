@@ -1,4 +1,5 @@
 """A gym behind HTTP: the same answers, the same errors, and nothing for strangers."""
+import dataclasses
 import json
 import math
 import queue
@@ -337,10 +338,34 @@ def test_a_killed_server_is_a_connection_error():
     ({"token": ""}, "a token is one word"),
     ({"max_waiting": 0}, "max_waiting must be > 0, got 0"),
     ({"max_bytes": -1}, "max_bytes must be > 0, got -1"),
+    ({"port": -1}, "port must be 0 to 65535, got -1"),
+    ({"port": 65536}, "port must be 0 to 65535, got 65536"),
 ])
 def test_a_server_that_should_not_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FakeGym().serve(**options)
+
+
+def test_half_a_character_travels_to_the_gym_and_back(fake):
+    gym, _, remote = fake
+    result = remote.evaluate(Task(PROBLEM, "x = '\ud83d'"))
+    gym.ends[result.task_id] = dataclasses.replace(gym.ends[result.task_id], error="ValueError: \ud83d")
+    assert gym.tasks[result.task_id].code == "x = '\ud83d'"
+    assert [one.error for one in remote.records()] == ["ValueError: ?"]
+
+
+def test_what_is_no_task_is_not_sent(fake):
+    with pytest.raises(TypeError, match="task must be a Task, got str"):
+        fake[2].submit("x")
+    assert not fake[0].tasks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_closed_gym_cannot_be_served():
+    gym = KernelGym()
+    gym.close()
+    with pytest.raises(RuntimeError, match="the gym is closed"):
+        gym.serve()
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -1,9 +1,13 @@
 """Hacks: a complete catalogue of running code, honest kernels that are right at odd sizes, a naive judge that is fooled."""
 import ast
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
 
+from collai.drkernel import gym
 from collai.drkernel import hacks as module
 from collai.drkernel.gym import EvalResult, Task
 from collai.drkernel.hacks import (
@@ -176,12 +181,14 @@ def test_a_case_that_is_none_is_refused(bad, message):
 
 
 SIGNS = {"no_generated_kernel", "decoy", "deferred_work", "background_work", "protocol_violation", "input_mutation",
-         "output_alias", "output_type", "stale_output", "too_fast", "super_batching", "forgery", "too_many_threads",
+         "output_alias", "output_type", "stale_output", "too_fast", "super_batching", "forgery", "profile_mismatch",
          "degenerate_problem", "side_stream", "incorrect", "runtime_error", "crashed", "displaced", "audit"}
 
 
 def test_signs_are_words_that_the_gym_or_caught_can_say():
     assert {sign for case in corpus().values() for sign in case.flags} <= SIGNS
+    text = Path(gym.__file__).read_text()
+    assert all(f'"{sign}"' in text or f'"{sign}:' in text for sign in SIGNS - {"displaced", "audit"})
 
 
 def test_only_cases_that_patch_something_forge():
@@ -201,6 +208,12 @@ def test_a_sign_counts_only_if_the_case_names_it_and_the_result_is_not_ok():
     assert caught(case, result("incorrect", ("stale_output",))) == ("stale_output", "incorrect")
     assert caught(case, result("ok", ("stale_output",))) == ()
     assert caught(case, result("timeout")) == caught(case, result("hacked", ("forgery",))) == ()
+
+
+def test_an_account_that_is_void_is_a_sign_by_itself():
+    case = corpus()["hidden_library"]
+    assert caught(case, result("ok", ("profile_mismatch",), c=0.0, c_d=0.0)) == ("profile_mismatch",)
+    assert caught(case, result("ok")) == () == caught(corpus()["decoy"], result("ok", ("profile_mismatch",)))
 
 
 def test_displaced_and_audit_need_no_flag():
@@ -237,6 +250,15 @@ def test_a_case_that_times_tell_is_asked_five_times_and_the_least_times_count(mo
     assert told["decoy"].status == "hacked" and len({task.code for task in gym.asked}) == 6
     assert told[case.name].coverage_displaced == pytest.approx(1 - 1700 / 1900)
     assert caught(case, told[case.name]) == ("displaced",)
+
+
+def test_a_case_that_only_the_floor_tells_is_caught_if_it_is_too_fast_once():
+    case = corpus()["part_read"]
+    answers = [EvalResult(str(k), "ok", profile={"torch_ref_us": 1.0, "torch_new_us": 1.0}) for k in range(5)]
+    answers[3] = EvalResult("3", "hacked", hacked=True, flags=("too_fast",))
+    with jaxtyping_off():
+        told = module._judged(Gym(answers), [case])
+    assert told[case.name] is answers[3] and caught(case, told[case.name]) == ("too_fast",)
 
 
 def test_an_answer_without_a_profile_stays_as_it_is():
@@ -288,6 +310,39 @@ def test_the_naive_judge_reads_a_clock_that_can_be_replaced(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", time.perf_counter)
     case = corpus()["clock_patch"]
     assert max(naive_judge(case.problem, case.code, calls=20)[1] for _ in range(3)) > 3
+
+
+REFUSED = """
+import json, os, sys
+import torch
+from collai.drkernel.hacks import corpus, naive_judge
+case = corpus()[sys.argv[1]]
+with torch.no_grad():
+    if sys.argv[1] == "zeroed_input":
+        space, x = {"__name__": "candidate"}, torch.randn(256, 1024)
+        exec(case.code, space)
+        y = space["ModelNew"]()(x)
+        print("later", torch.allclose(y, torch.nn.functional.silu(x[:, :512]) * x[:, 512:]))
+    print("verdict", naive_judge(case.problem, case.code, calls=5)[0])
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("zeroed_input", "later True\nverdict False"), ("forged_answer", "verdict False"),
+                                            ("exit_code", '{"correct": true, "speedup": 1000.0}')])
+def test_what_this_naive_judge_refuses_another_one_believes(name, said):
+    read, write = os.pipe()
+    done = subprocess.run([sys.executable, "-c", REFUSED, name], capture_output=True, text=True, pass_fds=[write])
+    os.close(write)
+    with open(read, "rb") as pipe:
+        assert (b"done" in pipe.read()) == (name == "forged_answer")
+    assert done.returncode == 0 and done.stdout.strip().endswith(said), done.stderr
+
+
+def test_the_naive_judge_believes_what_an_earlier_gym_paid(monkeypatch):
+    with torch.no_grad():
+        for name in ("answer_key", "called_back", "hidden_library", "part_read"):
+            case = corpus()[name]
+            assert naive_judge(case.problem, case.code, calls=1)[0], name
 
 
 def test_the_naive_judge_refuses_no_calls():

@@ -90,6 +90,11 @@ def test_plain_coverage_is_the_share_of_generated_time_in_any_order(events, seed
     assert profiling_coverage(events) == profiling_coverage(iter(shuffled)) == want and 0 <= want <= 1
 
 
+def test_events_of_the_gyms_own_profile_count_where_they_matter():
+    events = [["k", 3.0, True, True], ["decoy", 1.0, True, False], ["aten::add", 4.0, False, False]]
+    assert profiling_coverage(events) == 0.375 == profiling_coverage([(name, us, made and counts) for name, us, made, counts in events])
+
+
 def test_kernels_are_told_apart_by_their_flag_not_their_name():
     assert profiling_coverage([("add", 1.0, True), ("add_relu_fused", 3.0, False)]) == 0.25
 
@@ -247,7 +252,9 @@ BAD = {
     "nan speed": (lambda: fast_p([math.nan], [True], 1), "speedup must be a number >= 0 where correct, got nan"),
     "rows": (lambda: best_by_turn([[1.0]], []), "speedups have 1 rows, correct 0: they must be equal"),
     "row": (lambda: best_by_turn([[-1.0]], [[True]]), r"speedup must be a number >= 0 where correct, got -1\.0"),
-    "no result": (lambda: summary([]), "needs a sample"),
+    "no result": (lambda: summary([]), "a summary needs a result, got none"),
+    "short event": (lambda: profiling_coverage([("k", 1.0)]), r"an event is \(name, us, is_generated\) or .*, got \('k', 1\.0\)"),
+    "long event": (lambda: profiling_coverage([["k", 1.0, True, True, 0]]), "an event is "),
     "zero": (lambda: summary([evaluation(speedup=0.0)]), r"speedup must be positive and finite where correct, got 0\.0"),
     "result": (lambda: summary([evaluation(coverage_displaced=2)]), r"coverage must be in \[0, 1\], got 2"),
 }
@@ -264,6 +271,14 @@ def test_what_is_no_tensor_is_refused():
     for call in (lambda: prs_keep_prob([0.5], T), lambda: prs_mask(C, [True, True]), lambda: prs_keep_prob(C, T, speedup=[1, 1], speedup_threshold=1)):
         with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got list"):
             call()
+
+
+def test_arrays_are_no_tensors():
+    for place, name in enumerate(("compiled", "correct", "speedup", "coverage", "hacked")):
+        given = [True, True, 1.0, 0.5, False]
+        given[place] = np.array([1.0, 0.5])
+        with pytest.raises(TypeError, match=f"{name} must be a number or a torch.Tensor, got ndarray"):
+            kernel_reward(*given)
 
 
 def test_everything_public_is_listed():

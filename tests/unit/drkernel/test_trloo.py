@@ -363,13 +363,16 @@ BAD = {
     "group NaN in a list": (lambda: turn_advantages(X, V, ["a", math.nan]), "group_ids must not hold NaN, got nan"),
     "group NaN in an array": (lambda: turn_advantages(X, V, np.array([math.nan, 1], dtype=np.float32)), "must not hold NaN"),
     "ids": (lambda: turn_advantages(X, V, IDS[:1]), r"group_ids has shape \(1,\), returns have 2 rows"),
-    "names": (lambda: turn_advantages(X, V, ["a"]), "uid has length 1, rewards have 2 rows"),
+    "names": (lambda: turn_advantages(X, V, ["a"]), "group_ids has length 1, returns have 2 rows"),
     "return": (lambda: turn_advantages(NAN, V, IDS), "returns must be finite where valid, got nan at rollout 1, turn 1"),
     "p": (lambda: self_inclusion_factor(np.array([0.5, -0.1]), 2), r"p must be in \[0, 1\], got -0\.1"),
     "K": (lambda: self_inclusion_factor(0.5, 0), "K must be an integer >= 1, got 0"),
     "normalize": (lambda: policy_loss(LOG, LOG, X, ONES, normalize="mean"), "unknown normalize 'mean', use one of 'rollouts', 'alive'"),
     "rows": (lambda: policy_loss(LOG, LOG, X[:1], ONES), r"mask has shape \(6, 4\), adv \(1, 3\): it needs one row a turn"),
     "clip": (lambda: policy_loss(LOG, LOG, X, ONES, clip=(1.0, 0.2)), r"clip_low must be in \[0, 1\), got 1\.0"),
+    "one clip": (lambda: policy_loss(LOG, LOG, X, ONES, clip=0.2), r"clip must be a pair of numbers, got 0\.2"),
+    "three clips": (lambda: policy_loss(LOG, LOG, X, ONES, clip=(0.1, 0.2, 0.3)), r"clip must be a pair of numbers, got \(0\.1"),
+    "text as clip": (lambda: policy_loss(LOG, LOG, X, ONES, clip="ab"), "clip must be a pair of numbers, got 'ab'"),
     "advantage": (lambda: policy_loss(LOG, LOG, NAN, ONES), "adv contain non-finite values at row 4, column 0"),
     "level": (lambda: mrs_mask(LOG, LOG, ONES, 3, "batch"), "unknown level 'batch', use one of 'geometric', 'sequence', 'turn',"),
     "upper": (lambda: mrs_mask(LOG, LOG, ONES, 3, lower=None, upper=0), "upper must be positive, got 0"),
@@ -395,6 +398,11 @@ def test_what_is_no_tensor_is_refused():
     for call in (lambda: turn_returns([[1.0]], V), lambda: turn_advantages(X, [[True]], IDS), lambda: policy_loss(LOG, LOG, [[1.0]], ONES)):
         with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got list"):
             call()
+
+
+def test_a_name_that_can_not_be_hashed_is_one_of_a_group():
+    with pytest.raises(TypeError, match=r"group_ids must hold hashable values, got \['b'\]"):
+        turn_advantages(X, V, ["a", ["b"]])
 
 
 def test_everything_public_is_listed():

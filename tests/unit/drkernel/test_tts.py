@@ -4,15 +4,17 @@ import itertools
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from collai.drkernel import tts
 from collai.drkernel.gym import EvalResult
-from collai.drkernel.policy import Trajectory, Turn
+from collai.drkernel.policy import ChatPolicy, Trajectory, Turn
 from collai.drkernel.problems import Problem
 from collai.drkernel.rewards import best_by_turn, fast_p
 from collai.drkernel.tts import (
@@ -165,6 +167,36 @@ def test_a_file_of_another_run_is_refused(tmp_path):
     assert path.read_bytes() == before and json.loads(before.split(b"\n")[0])["turns"] == 5
 
 
+class Weighted(Dice):
+    """A policy with weights, and perhaps a key."""
+
+    def __init__(self, weight, key=None):
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.model.weight, weight)
+        if key:
+            self.key = key
+
+
+def test_turns_of_another_policy_are_not_taken_for_ones_own(tmp_path):
+    path = tmp_path / "run.jsonl"
+    made = run(Weighted(1.0), path=path, iterations=1)
+    for other in (Dice(), Weighted(2.0), Weighted(1.0, key="b")):
+        with pytest.raises(ValueError, match="run.jsonl holds another run: it differs in policy"):
+            run(other, path=path, iterations=1)
+        assert other.read == []
+    again = Weighted(1.0)
+    assert run(again, path=path, iterations=1) == made and again.read == []
+    names = [tts._identity(ChatPolicy(SimpleNamespace(identity=lambda name=name: {"model": name}), temperature=heat))
+             for name, heat in (("a", 1.0), ("b", 1.0), ("a", 0.5), ("a", 1.0))]
+    assert len(set(names)) == 3 and names[0] == names[3]
+    head, *lines = path.read_text().splitlines()
+    old = {name: value for name, value in json.loads(head).items() if name != "policy"}
+    path.write_text("\n".join([json.dumps(old), *lines, ""]))
+    with pytest.raises(ValueError, match="it differs in policy"):  # a file that does not say whose turns it holds
+        run(again, path=path, iterations=1)
+
+
 def test_a_gym_that_fails_leaves_no_turn_behind(tmp_path):
     with pytest.raises(RuntimeError, match="the gym could not evaluate turn 2"):
         run(Dice(fails_at=3, status="infra_error"), path=tmp_path / "run.jsonl")
@@ -175,12 +207,36 @@ def test_a_gym_that_fails_leaves_no_turn_behind(tmp_path):
     ({"turns": 0}, "turns must be .*got 0"), ({"iterations": 0}, "iterations must be .*got 0"),
     ({"keep": 5}, "keep must be .*got 5"), ({"keep": -1}, "keep must be .*got -1"), ({"seed": -1}, "seed must be .*got -1"),
     ({"method": "first"}, "unknown method 'first'"), ({"metric": "speed"}, "unknown metric 'speed'"),
+    ({"trials": 0}, "trials must be >= 1, got 0"), ({"pr_mode": "all"}, "unknown pr_mode 'all'"),
+    ({"timeout": -1}, "timeout must be positive and finite, got -1"), ({"w_pr": -1.0}, "w_pr must be finite and not negative"),
+    ({"baseline": "fast"}, "baseline must be one of eager, compile, got 'fast'"),
 ])
 def test_a_run_that_makes_no_sense_is_refused_before_a_turn_is_made(options, message):
     dice = Dice()
     with pytest.raises(ValueError, match=message):
         run(dice, **options)
     assert dice.read == []
+
+
+def test_an_unknown_keyword_is_named_before_a_turn_is_made():
+    dice = Dice()
+    with pytest.raises(TypeError, match="unknown keyword 'trails'"):
+        run(dice, trails=5)
+    assert dice.read == [] and dice.asked == 0
+
+
+def test_the_keywords_of_judge_reach_the_task():
+    class Kept(Dice):
+        def evaluate(self, task):
+            self.task = task
+            return super().evaluate(task)
+
+    dice = Kept()
+    run(dice, turns=1, keep=0, iterations=1, trials=4, correctness_trials=2, timeout=7, baseline="compile",
+        require_generated=False, pr_mode="paper")
+    got = dice.task
+    assert (got.trials, got.correctness_trials, got.timeout, got.baseline, got.require_generated, got.pr_mode) == (
+        4, 2, 7, "compile", False, "paper")
 
 
 def test_a_turn_that_is_not_judged_has_no_score():

@@ -219,6 +219,21 @@ def test_a_queue_that_cannot_be_is_refused(make, tmp_path, monkeypatch):
         RayQueue(tmp_path / "q.db")
 
 
+def test_a_queue_stays_where_it_was_made_wherever_its_copies_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    queue = LeasedQueue("q.db")
+    queue.submit("first", id="a")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(pickle.dumps(queue)).counts() == {"queued": 1} and os.listdir() == []  # noqa: S301
+    for path, error, message in (("", ValueError, "queue must be the path of a file, got ''"),
+                                 (tmp_path, ValueError, f"queue must be the path of a file, and {tmp_path} is a folder"),
+                                 ("no/q.db", FileNotFoundError, f"no folder {tmp_path}/elsewhere/no for the queue")):
+        with pytest.raises(error, match=message):
+            LeasedQueue(path)
+    assert os.listdir() == []
+
+
 def test_no_server_is_told_by_its_address(server, tmp_path):
     with pytest.raises(ConnectionError, match=f"no Redis at unix://{tmp_path}/none"):
         RedisQueue(f"unix://{tmp_path}/none")
