@@ -303,7 +303,8 @@ def test_the_naive_judge_is_fooled_by_a_cache_a_lazy_tensor_a_comparator_and_a_f
             case = corpus()[name]
             verdicts = [naive_judge(case.problem, case.code, calls=100) for _ in range(3)]
             assert all(agree for agree, _ in verdicts), name
-            assert max(speedup for _, speedup in verdicts) > 3 or name in ("frame_walk", "zeros_pass")
+            paid = max(speedup for _, speedup in verdicts) > 1  # how much is for 04_hacks: here every call is checked for types
+            assert paid or name in ("frame_walk", "zeros_pass")
 
 
 def test_the_naive_judge_reads_a_clock_that_can_be_replaced(monkeypatch):
