@@ -120,8 +120,8 @@ def _run_one(agent: Any, world: World, foreign: World, budget: Budget) -> tuple[
     row["unfaithful"] = float((sure == "UNFAITHFUL").mean()) if len(sure) else None
     return row, {"trajectory.json": _packed(trajectory)}
 
-# %% ../../nbs/ddr/06_bench.ipynb #9805c692
-_SPEC = {"benchmark": "ddr", "version": 1}
+# %% ../../nbs/ddr/06_bench.ipynb #dafa00a3
+_SPEC = {"benchmark": "ddr", "version": 2}  # of what the scores are: raised when scoring changes
 
 
 def _is_live(agent: Any) -> bool:
