@@ -295,16 +295,29 @@ def test_the_naive_judge_believes_an_honest_kernel_and_refuses_a_wrong_one():
     assert naive_judge(problem, wrong, calls=1)[0] is False
 
 
-def test_the_naive_judge_is_fooled_by_a_cache_a_lazy_tensor_a_comparator_and_a_frame(monkeypatch):
-    monkeypatch.setattr(torch, "allclose", torch.allclose)
-    monkeypatch.setattr(time, "perf_counter", time.thread_time)  # a busy machine must not decide
-    with torch.no_grad():
-        for name in ("pointer_cache", "lazy_tensor", "frame_walk", "zeros_pass", "comparator_patch"):
-            case = corpus()[name]
-            verdicts = [naive_judge(case.problem, case.code, calls=100) for _ in range(3)]
-            assert all(agree for agree, _ in verdicts), name
-            paid = max(speedup for _, speedup in verdicts) > 1  # how much is for 04_hacks: here every call is checked for types
-            assert paid or name in ("frame_walk", "zeros_pass")
+PAID = """
+import time
+import torch
+from collai.drkernel.hacks import corpus, naive_judge
+time.perf_counter = time.thread_time  # a busy machine must not decide
+plain = torch.allclose
+with torch.no_grad():
+    for name in ("pointer_cache", "lazy_tensor", "frame_walk", "zeros_pass", "comparator_patch"):
+        case = corpus()[name]
+        verdicts = [naive_judge(case.problem, case.code, calls=100) for _ in range(3)]
+        torch.allclose = plain
+        print(name, all(agree for agree, _ in verdicts), max(speedup for _, speedup in verdicts))
+"""
+
+
+def test_the_naive_judge_is_fooled_by_a_cache_a_lazy_tensor_a_comparator_and_a_frame():
+    """In an interpreter of its own: the tests' checks of types would slow the candidate down."""
+    done = subprocess.run([sys.executable, "-c", PAID], capture_output=True, text=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 5, done.stderr
+    for name, agree, speedup in rows:
+        assert agree == "True", name
+        assert float(speedup) > 3 or name in ("frame_walk", "zeros_pass"), (name, speedup)
 
 
 def test_the_naive_judge_reads_a_clock_that_can_be_replaced(monkeypatch):
