@@ -74,7 +74,9 @@ wheel: .venv/.ready ## dist/collai-*.whl
 
 lock: .venv/.ready ## resolve requirements.lock again from settings.ini
 	@mkdir -p build
-	@$(BIN)/uv pip compile -q setup.py --all-extras --python-version 3.11 --no-annotate --no-header \
+	@echo 'triton>=3' > build/overrides.txt  # torch brings its own
+	@$(BIN)/uv pip compile -q setup.py --refresh --all-extras --python-version 3.11 --no-annotate --no-header \
+		--override build/overrides.txt \
 		| sed -E '/^(nvidia-|cuda-|triton|ray==)/d; s/^(torch==[0-9.]+)\+.*/\1/' > build/requirements.lock
 	@mv build/requirements.lock requirements.lock
 	@echo "make lock: $$(wc -l < requirements.lock) pins in requirements.lock"

@@ -1084,7 +1084,7 @@ _ENDS = {"memory": ("oom", "took more memory than it may"), "timeout": ("timeout
 
 def _ending(child: Child, trusted: bool) -> Exception:
     """What the death of a candidate means; that of a reference says nothing about the candidate."""
-    ending = child.wait(0.5)
+    ending = child.wait(1.0)
     if trusted:
         return _LostError(f"the reference's process died: {ending and ending.reason}")
     if ending is None:
@@ -1124,9 +1124,12 @@ def _raised(claim: dict[str, Any], trusted: bool) -> Exception:
 
 # %% ../../nbs/drkernel/03_gym.ipynb #b2cd42b5
 def _quiet(self: Any) -> None:
-    """Refuse a child that talks without being asked."""
-    if self._poll.poll(0) and self.child.wait(0) is None:
+    """Refuse a child that talks without being asked; one whose end of the pipe is shut has died."""
+    events = dict(self._poll.poll(0)).get(self.child.stdout, 0)
+    if events & select.POLLIN:
         raise _Ended("hacked", "unexpected bytes on the pipe", "protocol_violation")
+    if events:
+        raise _ending(self.child, self.trusted)
 
 
 def _left(self: Any) -> float:

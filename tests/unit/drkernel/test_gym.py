@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -656,6 +658,24 @@ for fd in range(5, 60):
 raise RuntimeError(f"writable {sorted(writable) == sorted(os.fstat(fd).st_ino for fd in (6, 7))}")
 """
     assert "writable True" in gym.evaluate(task(candidate(before=look))).error
+
+
+def test_a_child_that_is_about_to_be_dead_did_not_talk():
+    """Its end of the pipe is shut a moment before anybody can be told how it ended."""
+    ours, theirs = os.pipe()
+    child = types.SimpleNamespace(stdout=ours, wait=lambda seconds: sandbox.Ending("exit", 1) if seconds else None,
+                                  output=lambda size: "")
+    side = types.SimpleNamespace(child=child, trusted=False, _poll=select.poll())
+    side._poll.register(ours, select.POLLIN)
+    module._quiet(side)
+    os.write(theirs, b"d")
+    with pytest.raises(module._Ended, match="unexpected bytes"):
+        module._quiet(side)
+    os.read(ours, 1)
+    os.close(theirs)
+    with pytest.raises(module._Ended, match="ended without an answer, exit code 1"):
+        module._quiet(side)
+    os.close(ours)
 
 
 # --- tampering --------------------------------------------------------------------------------------------------------
