@@ -12,6 +12,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from collai.ddr.checklist import (
     verdict,
 )
 from .checklist import _scan as _marks
-from .sandbox import Budget, Env, Trajectory, Turn
+from .sandbox import Budget, Env, SqlError, Trajectory, Turn
 from .worlds import Plant, Schema, World, make_world
 from ..eval.stats import bh_reject, bootstrap_mean
 from ..eval.store import Store, run_cells
@@ -127,26 +128,13 @@ class _Table:
     days: int
 
 
+_NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT",
+            "INT", "DOUBLE", "FLOAT", "REAL", "DECIMAL", "NUMERIC"}
+
+
 def _is_number(kind: str) -> bool:
     """Whether a column type holds numbers."""
-    return kind.upper().startswith(
-        (
-            "TINYINT",
-            "SMALLINT",
-            "INT",
-            "BIGINT",
-            "HUGEINT",
-            "UINT",
-            "UBIGINT",
-            "USMALLINT",
-            "UTINYINT",
-            "DOUBLE",
-            "FLOAT",
-            "REAL",
-            "DECIMAL",
-            "NUMERIC",
-        )
-    )
+    return kind.upper().partition("(")[0].strip() in _NUMBERS and not kind.endswith("]")
 
 # %% ../../nbs/ddr/03_explore.ipynb #009c9aed
 def _date_of(schema: Schema, table: str) -> str | None:
@@ -173,6 +161,9 @@ def _profile(fetch: _Fetch, schema: Schema, table: str) -> _Table:
             f"min({day}) - DATE '1970-01-01' AS a, max({day}) - DATE '1970-01-01' AS b, count(DISTINCT {day}) AS k"
         )
     found = _one(fetch, f"SELECT {', '.join(wanted)} FROM {_q(table)}")
+    for i, column in enumerate(columns):
+        if f"m{i}" in found and found["n"] > found[f"z{i}"] and not math.isfinite(found[f"m{i}"]):
+            warnings.warn(f"{table}.{column} holds NaN or infinity and is left out", stacklevel=2)
     nulls = {column: int(found[f"z{i}"]) for i, column in enumerate(columns)}
     moments = {
         column: (found[f"m{i}"], found[f"s{i}"])
@@ -192,7 +183,7 @@ def _links(fetch: _Fetch, schema: Schema, tables: Mapping[str, _Table]) -> dict[
     where: dict[str, list[str]] = {}
     for table, columns in schema.tables.items():
         for column, kind in columns.items():
-            if tables[table].rows and not kind.upper().startswith(("DATE", "TIMESTAMP", "BOOL", "DOUBLE", "FLOAT")):
+            if tables[table].rows and kind in ("VARCHAR", "UUID", "INTEGER", "BIGINT", "HUGEINT"):
                 where.setdefault(column, []).append(table)
     for column, holders in where.items():
         if len(holders) < 2:
@@ -1695,11 +1686,24 @@ def _run_stat(self: "StatExplorer", env: Any) -> Trajectory:
     return Trajectory(turns, "FINISH: " + " ".join(c.text for c in told), told, reason, env.world)
 
 # %% ../../nbs/ddr/03_explore.ipynb #fc9a6896
+def _evidence(env: Any, sql: str) -> dict[str, Any]:
+    """Reply to the query of a claim. It is in DuckDB's words, so that an SQLite file answers from its copy in memory."""
+    if env.engine == "sqlite":
+        with env._turn():
+            found = env.fetch(sql)
+        data = [list(row) for row in zip(*(column.tolist() for column in found.values()), strict=True)]
+        return {"cols": list(found), "data": data, "count": len(data)}
+    reply = env.query(sql)
+    return {"cols": reply.cols, "data": reply.data, "count": reply.count}
+
+
 def _tell(env: Any, claim: Claim, reasoning: str, more: Sequence[Claim] = ()) -> Turn:
-    """One turn: run the evidence of a claim and state it."""
+    """One turn: run the evidence of a claim and state it; evidence that fails is told as such."""
     begin = time.perf_counter()
-    found = env.query(claim.evidence_sql)
-    result = {"cols": found.cols, "data": found.data, "count": found.count}
+    try:
+        result = _evidence(env, claim.evidence_sql or "")
+    except SqlError as error:
+        result = {"error": str(error)}
     seconds = time.perf_counter() - begin
     claims = [claim, *more]
     return Turn(
@@ -2080,7 +2084,7 @@ def _run_random(self: "RandomExplorer", env: Any) -> Trajectory:
 def _ask(env: Any, fields: dict[str, Any]) -> tuple[Turn, float]:
     """Run the query of a random claim; its turn, and how large the answer is."""
     turn = _tell(env, _claim_of(fields, env.schema), "a random question")
-    claim, value = turn.claims[0], turn.result["data"][0][0] if turn.result["data"] else None
+    claim, value = turn.claims[0], turn.result["data"][0][0] if turn.result.get("data") else None
     if value is None or not math.isfinite(float(value)):
         turn.insight, turn.claims = "", []
         return turn, 0.0

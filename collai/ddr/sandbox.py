@@ -745,10 +745,11 @@ def _close_workers(self: Any) -> None:
 _Workers.replace, _Workers.ask, _Workers.close = _replace, _ask, _close_workers
 
 # %% ../../nbs/ddr/01_sandbox.ipynb #5bfebec3
-def _database(path: str | os.PathLike[str]) -> str:
-    """Absolute path of a database file that is there."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no database file {path}")
+def _database(path: str | os.PathLike[str], engine: str) -> str:
+    """Absolute path of a database file that is there, and that this engine takes."""
+    from collai.ddr.worlds import _look
+
+    _look(path, engine)
     return os.path.realpath(path)
 
 
@@ -834,7 +835,7 @@ class SqlSandbox(_Closing):
         _positive(timeout_s=timeout_s, memory_mb=memory_mb)
         max_rows = _whole("max_rows", max_rows, 1)
         self.engine, self.timeout_s, self.max_rows, self.memory_mb = engine, timeout_s, max_rows, memory_mb
-        self.db_path = _database(db_path)
+        self.db_path = _database(db_path, engine)
         self._workers = _Workers({"engine": engine, "path": self.db_path, "timeout_s": float(timeout_s),
                                   "memory_mb": memory_mb}, memory_mb)
         self.tables = self._workers.tables
@@ -852,6 +853,7 @@ sqlite3.load_extension tempfile. webbrowser. urllib. ftplib. http. imaplib. nntp
 def _guard(roots: Sequence[str]) -> Callable[[str, tuple], None]:
     """An audit hook that refuses to reach out: network, processes, native calls, writing, other folders, this package."""
     real, fspath, fsdecode, join = os.path.realpath, os.fspath, os.fsdecode, os.path.join
+    is_a, whole = isinstance, int  # user code can replace what stands in builtins
     below, exact = tuple(name for name in _REFUSED if name.endswith(".")), frozenset(_REFUSED)
     devices, writing = {"/dev/null", "/dev/urandom", "/dev/random", "/dev/zero"}, \
         os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -860,16 +862,20 @@ def _guard(roots: Sequence[str]) -> Callable[[str, tuple], None]:
     def check(event: str, args: tuple) -> None:
         if event == "open" and args[2] & writing and args[0] != "/dev/null":
             raise PermissionError("opening files for writing is not allowed here")
-        if event in paths and not isinstance(args[0], int):
+        if event in paths and not is_a(args[0], whole):
             asked = "." if args[0] is None else fsdecode(fspath(args[0]))
             if event == "sqlite3.connect":
                 asked = "." if asked in ("", ":memory:") else asked.removeprefix("file:").partition("?")[0]
             if event == "glob.glob":
                 asked = asked.partition("*")[0]
             place = real(asked)
-            if place not in devices and not any(place == root or place.startswith(join(root, "")) for root in roots):
-                raise PermissionError(f"outside the data folder: {asked}")
-        elif event == "import":
+            if place in devices:
+                return
+            for root in roots:
+                if place == root or place.startswith(join(root, "")):
+                    return
+            raise PermissionError(f"outside the data folder: {asked}")
+        if event == "import":
             if args[0].partition(".")[0] == "collai":
                 raise PermissionError("this module is not available here")
         elif event in exact or event.startswith(below):
@@ -1517,10 +1523,8 @@ class Env(_Closing):
     ----------
     db_path : str or path-like
         Database file.
-    tools : sequence of {"sql", "python"}
-        What may be called.
-    budget : Budget
-        What may be spent.
+    tools, budget : sequence of {"sql", "python"}, Budget
+        What may be called; what may be spent.
     entity : str, optional
         Whom or what to analyse, as the task names it.
     engine : {"duckdb", "sqlite"}
@@ -1528,16 +1532,18 @@ class Env(_Closing):
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        If there is no such file; on an unknown engine or tool.
+    FileNotFoundError, ValueError, TypeError
+        If there is no such file; on an unknown engine or tool; on a text in place of a list, or another budget.
     """
 
     def __init__(self, db_path: str | os.PathLike[str], tools: Sequence[str] = ("sql", "python"),
                  budget: Budget | None = None, entity: str | None = None, engine: str = "duckdb") -> None:
         _check_engine(engine)
+        if isinstance(tools, str) or not isinstance(budget, Budget | None):
+            raise TypeError(f"tools must be a list and budget a Budget, got {tools!r} and {budget!r}")
         if unknown := [name for name in tools if name not in ("sql", "python")]:
             raise ValueError(f"tools are 'sql' and 'python', got {unknown[0]!r}")
-        self.db_path, self.tools, self.entity, self.engine = _database(db_path), tuple(tools), entity, engine
+        self.db_path, self.tools, self.entity, self.engine = _database(db_path, engine), tuple(tools), entity, engine
         self.budget = Budget() if budget is None else budget
         self._turns, self._seconds, self._tokens, self._closed, self._db = 0, 0.0, 0, False, None
         self.question: str | None = None

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..core.parallel import _whole
 
 # %% ../../nbs/ddr/00_worlds.ipynb #8ef1461f
 _TYPES = (("INT", "INTEGER"), ("CHAR", "VARCHAR"), ("TEXT", "VARCHAR"), ("CLOB", "VARCHAR"), ("REAL", "DOUBLE"),
@@ -32,13 +35,24 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _look(db_path: str | os.PathLike[str], engine: str) -> None:
+    """Refuse a file that is not there, or that another engine wrote."""
+    if not Path(db_path).is_file():
+        raise FileNotFoundError(f"no database file {db_path}")
+    with open(db_path, "rb") as file:
+        head = file.read(16)
+    if engine == "duckdb" and head.startswith(b"SQLite format 3"):
+        raise ValueError(f"{db_path} is an SQLite file: pass engine='sqlite'")
+    if engine == "sqlite" and head[8:12] == b"DUCK":
+        raise ValueError(f"{db_path} is a DuckDB file: pass engine='duckdb'")
+
+
 @contextmanager
 def _reader(db_path: str, engine: str) -> Iterator[Any]:
     """A read-only connection with `execute`."""
     if engine not in ("duckdb", "sqlite"):
         raise ValueError(f"engine must be 'duckdb' or 'sqlite', got {engine!r}")
-    if not Path(db_path).is_file():
-        raise FileNotFoundError(f"no database file {db_path}")
+    _look(db_path, engine)
     if engine == "sqlite":
         import sqlite3
         db: Any = sqlite3.connect(f"{Path(db_path).absolute().as_uri()}?mode=ro", uri=True)
@@ -78,18 +92,20 @@ def _sqlite_columns(db: Any) -> tuple[dict[str, dict[str, str]], dict[str, str],
 def _duckdb_columns(db: Any) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, str]]:
     """Tables, primary keys, foreign keys and comments of a DuckDB file."""
     comments = {name: text for name, text in db.execute(
-        "SELECT table_name, comment FROM duckdb_tables() WHERE database_name = 'read' ORDER BY table_name").fetchall()}
+        "SELECT table_name, comment FROM duckdb_tables() WHERE database_name = 'read' AND schema_name = 'main' "
+        "ORDER BY table_name").fetchall()}
     tables: dict[str, dict[str, str]] = {name: {} for name in comments}
     for table, column, kind, text in db.execute(
             "SELECT table_name, column_name, data_type, comment FROM duckdb_columns() WHERE database_name = 'read' "
-            "ORDER BY table_name, column_index").fetchall():
+            "AND schema_name = 'main' ORDER BY table_name, column_index").fetchall():
         if table in tables:
-            tables[table][column] = kind
+            tables[table][column] = "VARCHAR" if kind.startswith("ENUM") else kind
             comments[f"{table}.{column}"] = text
     primary, keys = {}, {}
     for table, kind, own, parent, theirs in db.execute(
             "SELECT table_name, constraint_type, constraint_column_names, referenced_table, referenced_column_names "
-            "FROM duckdb_constraints() WHERE database_name = 'read' AND constraint_type IN ('PRIMARY KEY', 'FOREIGN KEY')").fetchall():
+            "FROM duckdb_constraints() WHERE database_name = 'read' AND schema_name = 'main' "
+            "AND constraint_type IN ('PRIMARY KEY', 'FOREIGN KEY')").fetchall():
         if len(own) == 1 and kind == "PRIMARY KEY":
             primary[table] = own[0]
         elif len(own) == 1:
@@ -132,6 +148,21 @@ def _categories(db: Any, tables: Mapping[str, Mapping[str, str]], most: int = 60
                 values[f"{table}.{column}"] = tuple(sorted(str(row[0]) for row in rows))
     return values
 
+# %% ../../nbs/ddr/00_worlds.ipynb #a68df9ae
+def _without_dots(tables: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """The tables and columns that "table.column" can name."""
+    lost = [t for t in tables if "." in t] + [f"{t}.{c}" for t, columns in tables.items() for c in columns if "." in c]
+    if lost:
+        warnings.warn(f"names with a dot are left out: {', '.join(lost)}", stacklevel=4)
+    return {t: {c: kind for c, kind in columns.items() if "." not in c} for t, columns in tables.items() if "." not in t}
+
+
+def _units(self: "Schema") -> dict[str, str]:
+    """Units by "table.column", "" where a comment names none."""
+    found = {f"{t}.{c}": re.search(r"\[([^\]]*)\]", self.comments.get(f"{t}.{c}", ""))
+             for t, columns in self.tables.items() for c in columns}
+    return {name: match.group(1) if match else "" for name, match in found.items()}
+
 # %% ../../nbs/ddr/00_worlds.ipynb #a68df9ad
 def _read_schema(db_path: str | os.PathLike[str], engine: str = "duckdb") -> "Schema":
     """Read the schema of a database file.
@@ -146,27 +177,22 @@ def _read_schema(db_path: str | os.PathLike[str], engine: str = "duckdb") -> "Sc
     Returns
     -------
     Schema
-        Categories are the columns of text or truth values with at most 60 distinct values. Declared keys are taken; a
-        table without one has the column that other tables share and that is unique in it, if there is one.
+        Tables of the main schema; views, and names with a dot, which claims cannot name, are left out. Categories are the
+        columns of text or truth values with at most 60 distinct values. Declared keys are taken; a table without one has
+        the column that other tables share and that is unique in it, if there is one.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        On an unknown engine.
+        On an unknown engine, and on a file that is not of this engine.
     """
     with _reader(os.fspath(db_path), engine) as db:
         tables, primary, keys, comments = (_duckdb_columns if engine == "duckdb" else _sqlite_columns)(db)
+        tables = _without_dots(tables)
         found = {child: parent for child, parent in _found_keys(db, tables, primary).items() if child not in keys}
         return Schema(tables, _categories(db, tables), keys | found, comments, primary)
-
-
-def _units(self: "Schema") -> dict[str, str]:
-    """Units by "table.column", "" where a comment names none."""
-    found = {f"{t}.{c}": re.search(r"\[([^\]]*)\]", self.comments.get(f"{t}.{c}", ""))
-             for t, columns in self.tables.items() for c in columns}
-    return {name: match.group(1) if match else "" for name, match in found.items()}
 
 # %% ../../nbs/ddr/00_worlds.ipynb #8aea9d8d
 @dataclass(frozen=True)
@@ -1093,10 +1119,8 @@ def _check(template: str, seed: int, rows: int, strength: float | int, kinds: Se
     for kind in kinds:
         if kind not in places:
             raise ValueError(f"{template} can hold {', '.join(k for k in KINDS if k in places)}, got {kind!r}")
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
-    if rows < 1000:
-        raise ValueError(f"rows must be >= 1000, got {rows}")
+    _whole("seed", seed, 0)
+    _whole("rows", rows, 1000)
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and >= 0, got {strength}")
 
@@ -1206,6 +1230,8 @@ def make_world(template: str = "retail", seed: int = 0, rows: int = 40_000, stre
 
     Raises
     ------
+    TypeError
+        If `seed` or `rows` is no integer.
     ValueError
         On an unknown template, a plant that the template cannot hold, a number out of range, or a reversal that so few
         rows or so little strength do not show.

@@ -1,4 +1,5 @@
 """The explorer: its tests equal scipy's, what it says is there, what is not there it does not say."""
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy import stats
 from collai.ddr import explore
 from collai.ddr.checklist import Claim, build_checklist, verdict
 from collai.ddr.explore import BlindAgent, RandomExplorer, StatExplorer, bh_reject, claim_pvalue, detection_power
-from collai.ddr.sandbox import Budget, Env
+from collai.ddr.sandbox import Budget, Env, SqlError
 from collai.ddr.worlds import World, make_world
 
 ROWS = 10_000
@@ -278,3 +279,44 @@ def test_a_question_is_read(shop: World, question: str, metrics: set[str], group
 
 def test_a_question_about_nothing_known_leaves_all_open(shop: World) -> None:
     assert explore._asked("Will it rain tomorrow?", shop.schema) is None and explore._asked(None, shop.schema) is None
+
+
+@pytest.mark.parametrize("agent", [StatExplorer(), RandomExplorer(), BlindAgent()])
+def test_columns_that_hold_no_numbers_and_numbers_that_are_none_stop_nobody(agent: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "own.duckdb")
+    with duckdb.connect(path) as db:
+        db.execute("CREATE TABLE sales AS SELECT DATE '2022-01-01' + CAST(i % 700 AS INTEGER) AS day, "
+                   "CASE WHEN i % 97 = 0 THEN 'NaN'::DOUBLE ELSE random() END AS odd, INTERVAL (i) DAY AS wait, [i] AS items, "
+                   "{'k': i} AS st, hash(i) % 1000 / 100 + (i % 3 = 0)::INTEGER AS price, (['a', 'b', 'c'])[1 + i % 3] AS kind "
+                   "FROM range(3000) t(i)")
+    with Env(path) as opened:
+        if isinstance(agent, StatExplorer):
+            with pytest.warns(UserWarning, match=r"sales.odd holds NaN or infinity and is left out"):
+                told = agent.run(opened)
+            assert [(c.kind, c.metric, c.segment) for c in told.claims] == [("group_difference", "sales.price", "a")]
+        else:
+            assert agent.run(opened).turns
+
+
+def test_evidence_about_an_sqlite_file_is_what_its_claim_says(tmp_path: Path) -> None:
+    path = str(tmp_path / "own.sqlite")
+    rng = np.random.default_rng(0)
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE s (id INTEGER PRIMARY KEY, day DATE, amount REAL, grp TEXT)")
+        db.executemany("INSERT INTO s VALUES (?, ?, ?, ?)", [
+            (i, str(np.datetime64("2021-01-01") + i % 800), float(rng.normal() + (i % 4 == 0) + i % 800 * 0.005), "abcd"[i % 4])
+            for i in range(6000)])
+    with Env(path, engine="sqlite") as opened:
+        told = StatExplorer().run(opened)
+    assert {"trend", "group_difference"} <= {c.kind for c in told.claims}
+    for turn in told.turns:
+        assert turn.result["data"][0][0] == pytest.approx(turn.claims[0].value)
+
+
+def test_evidence_that_fails_is_told_as_such(shop: World, env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sql: str, limit: int = 20) -> Any:
+        raise SqlError("stopped")
+
+    monkeypatch.setattr(env, "query", fail)
+    told = StatExplorer(max_claims=3).run(env)
+    assert [turn.result for turn in told.turns] == [{"error": "stopped"}] * len(told.turns) and told.claims

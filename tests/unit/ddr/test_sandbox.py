@@ -470,3 +470,18 @@ def test_a_nested_comment_hides_nothing_behind_explain(tmp_path, end):
 def test_the_row_limit_is_a_whole_number(tmp_path):
     with pytest.raises((TypeError, ValueError), match="max_rows"):
         SqlSandbox(str(tmp_path / "none.duckdb"), max_rows=2.5)
+
+
+def test_replaced_builtins_open_nothing(place):
+    with PySandbox(f"{place}/duckdb.db", timeout_s=20.0, memory_mb=384) as box:
+        said = box.run("import builtins, os\nbuiltins.any = lambda found: True\nos.listdir('/proc')")
+        assert said.error and "PermissionError: outside the data folder: /proc" in said.error
+
+
+@pytest.mark.parametrize("wrong, kind, message", [
+    ({"tools": "sql"}, TypeError, "tools must be a list and budget a Budget, got 'sql' and None"),
+    ({"budget": 5}, TypeError, "tools must be a list and budget a Budget, got .* and 5"),
+    ({"engine": "sqlite"}, ValueError, "is a DuckDB file: pass engine='duckdb'")])
+def test_an_environment_of_wrong_parts_is_refused(place, wrong, kind, message):
+    with pytest.raises(kind, match=message):
+        Env(f"{place}/duckdb.db", **wrong)

@@ -399,3 +399,34 @@ def test_wrong_arguments_are_refused_with_their_value(wrong, text):
 
 def test_a_plant_is_a_kind_with_parameters():
     assert Plant("trend", {"metric": "orders.amount"}) == Plant("trend", {"metric": "orders.amount"})
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 1000.5}, {"seed": 1.5}, {"rows": "4000"}])
+def test_rows_and_seeds_are_whole_numbers(wrong):
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be an integer, got"):
+        make_world("retail", **wrong)
+
+
+def test_a_file_of_users_is_read_whatever_its_columns_are(tmp_path):
+    path = str(tmp_path / "own.duckdb")
+    with closing(duckdb.connect(path)) as db:
+        db.execute("CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE SCHEMA other; CREATE TABLE other.t (i INTEGER)")
+        db.execute("CREATE TABLE \"a table\" AS SELECT i, 'ok'::mood AS mood, [i] AS items, INTERVAL (i) DAY AS wait, "
+                   "{'k': i} AS st, i AS \"dotted.name\" FROM range(9) t(i)")
+        db.execute("CREATE VIEW seen AS SELECT 1 AS one")
+    with pytest.warns(UserWarning, match="names with a dot are left out: a table.dotted.name"):
+        schema = Schema.read(path)
+    assert schema.tables == {"a table": {"i": "BIGINT", "mood": "VARCHAR", "items": "BIGINT[]", "wait": "INTERVAL", "st": "STRUCT(k BIGINT)"}}
+    assert schema.values == {"a table.mood": ("ok",)}
+
+
+def test_the_engine_of_a_file_is_looked_at_first(tmp_path):
+    lite = str(tmp_path / "a.sqlite")
+    with closing(sqlite3.connect(lite)) as db, db:
+        db.execute("CREATE TABLE t (i INTEGER)")
+    with pytest.raises(ValueError, match="a.sqlite is an SQLite file: pass engine='sqlite'"):
+        Schema.read(lite)
+    duck = str(tmp_path / "a.duckdb")
+    duckdb.connect(duck).close()
+    with pytest.raises(ValueError, match="a.duckdb is a DuckDB file: pass engine='duckdb'"):
+        Schema.read(duck, engine="sqlite")
