@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['is_finish', 'transcript', 'LLMAgent', 'tiny_analyst', 'self_termination', 'read_log', 'ReplayAgent', 'ReactiveAgent',
-           'measure']
+           'TogetherChat', 'measure']
 
 # %% ../../nbs/ddr/04_agents.ipynb #d9729c8c
+import copy
 import csv
 import inspect
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, update_wrapper
 from importlib import resources
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -24,9 +29,10 @@ from jaxtyping import Float64
 
 from ..core.claims import measure_main
 from .checklist import Checklist, Claim
+from .explore import _subject
 from .sandbox import Env, Trajectory, Turn
-from .worlds import make_world
-from ..eval.llm import ChatError, Reply, Request
+from .worlds import Schema, make_world
+from ..eval.llm import ChatError, Reply, Request, TransformersChat
 
 # %% ../../nbs/ddr/04_agents.ipynb #f46b397f
 _THOUGHT = r"\s*(?:<think>.*?</think>)?"  # what a thinking model writes to itself is not yet its message
@@ -174,6 +180,19 @@ def _asked(task: str, turn: Turn) -> str:
             f"The tool answered: {_answer(turn)[8:]}")
 
 
+def _told(text: str, schema: Schema, turn: Turn) -> list[Claim]:
+    """Claims of an insight; the query of its turn is their evidence."""
+    sql = turn.args.get("query") if turn.tool == "execute_query" else None
+    found = [] if text.strip().startswith(_NONE) else Claim.parse(text, schema)
+    return [replace(claim, evidence_sql=sql) for claim in found] if isinstance(sql, str) else found
+
+
+def _reported(report: str, schema: Schema, turns: Sequence[Turn]) -> list[Claim]:
+    """Claims of a report; their evidence is that of the last insight about the same."""
+    known = {_subject(claim): claim.evidence_sql for turn in turns for claim in turn.claims}
+    return [replace(claim, evidence_sql=known.get(_subject(claim))) for claim in Claim.parse(report, schema)]
+
+
 def _pick(self: Any, env: Env, talk: Sequence[Mapping[str, Any]], turn: Turn) -> Turn:
     """Add the insight of a turn, by a call that sees only task, text and result; nothing of it goes back into the talk."""
     failed = isinstance(turn.result, Mapping) and turn.result.get("error")
@@ -182,7 +201,7 @@ def _pick(self: Any, env: Env, talk: Sequence[Mapping[str, Any]], turn: Turn) ->
     asked = Request([{"role": "system", "content": _PICK}, {"role": "user", "content": _asked(talk[1]["content"], turn)}], max_tokens=512)
     reply = self.client.generate([asked])[0]
     text = reply.text.strip()
-    return replace(turn, insight=text, claims=[] if text.startswith(_NONE) else Claim.parse(text, env.schema),
+    return replace(turn, insight=text, claims=_told(text, env.schema, turn),
                    tokens_in=turn.tokens_in + reply.usage.prompt_tokens,
                    tokens_out=turn.tokens_out + reply.usage.completion_tokens)
 
@@ -211,14 +230,16 @@ def _step(self: Any, env: Env, talk: list[dict[str, Any]]) -> tuple[Reply, Turn 
     return reply, turn
 
 # %% ../../nbs/ddr/04_agents.ipynb #35af77d3
-def _settle(turns: list[Turn], spare: list[int], env: Env, report: str, stop: str) -> Trajectory:
+def _settle(turns: list[Turn], spare: list[int], env: Env, report: str, stop: str, error: ChatError | None) -> Trajectory:
     """Make the trajectory; tokens of messages without a tool count for the last turn."""
     if turns:
         last = turns[-1]
         turns[-1] = replace(last, tokens_in=last.tokens_in + spare[0], tokens_out=last.tokens_out + spare[1])
     elif any(spare):
         turns = [Turn(insight=_NONE, tokens_in=spare[0], tokens_out=spare[1])]
-    return Trajectory(turns, report, Claim.parse(report, env.schema), stop, env.world)
+    made = Trajectory(turns, report, _reported(report, env.schema, turns), stop, env.world)
+    vars(made).update({"error": error} if error else {})  # beside its fields: why it was cut off, not stored
+    return made
 
 # %% ../../nbs/ddr/04_agents.ipynb #5ddc36d3
 def _charge(env: Env, spare: list[int], reply: Reply) -> None:
@@ -246,11 +267,11 @@ def _run(self: Any, env: Env) -> Trajectory:
     -------
     Trajectory
         Stop reason "finish"; "budget" or, without a call for too long, "exhausted", both with a summary that the model was
-        asked for; "error" if the endpoint failed, with the turns until then.
+        asked for; "error" if the endpoint failed, with the turns until then and the failure as attribute `error`.
     """
     talk = _opening(env.tools, self.protocol == "text", env.entity, getattr(env, "question", None))
     turns: list[Turn] = []
-    spare, idle, report, stop = [0, 0], 0, "", "budget"
+    spare, idle, report, stop, failed = [0, 0], 0, "", "budget", None
     try:
         while env.left() and stop == "budget":
             began = perf_counter()
@@ -270,9 +291,9 @@ def _run(self: Any, env: Env) -> Trajectory:
                 talk.append({"role": "user", "content": _AGAIN})
         if stop != "finish":
             report = _summary(self, env, talk, spare)
-    except ChatError:
-        stop = "error"
-    return _settle(turns, spare, env, report, stop)
+    except ChatError as error:
+        stop, failed = "error", error
+    return _settle(turns, spare, env, report, stop, failed)
 
 # %% ../../nbs/ddr/04_agents.ipynb #09d36d4b
 class LLMAgent:
@@ -480,7 +501,6 @@ def tiny_analyst(*, retrain: int = 0, seed: int = 0) -> Any:
     It follows a fixed list of queries and reads the results; it is no baseline for anything.
     """
     from collai.core.tinylm import TinyLM
-    from collai.eval.llm import TransformersChat
     if retrain < 0:
         raise ValueError(f"retrain must be >= 0, got {retrain}")
     if retrain:
@@ -678,8 +698,8 @@ def read_log(folder: str | os.PathLike[str], schema: Any = None, world: str = ""
     ended = json.loads(stats.read_text("utf-8")) if stats else {}
     report = re.sub(r"^\s*FINISH:", "", ended.get("final_summary") or "").strip()
     if schema is not None:
-        turns = [replace(t, claims=[] if t.insight.strip().startswith(_NONE) else Claim.parse(t.insight, schema)) for t in turns]
-    claims = [] if schema is None else Claim.parse(report, schema)
+        turns = [replace(t, claims=_told(t.insight, schema, t)) for t in turns]
+    claims = [] if schema is None else _reported(report, schema, turns)
     return Trajectory(turns, report, claims, "finish" if ended.get("completed") else "error", world)
 
 # %% ../../nbs/ddr/04_agents.ipynb #66d82108
@@ -752,7 +772,115 @@ class ReactiveAgent:
         claims = [claim for part in parts for claim in part.claims]
         stops = [part.stop_reason for part in parts]
         stop = next((s for s in ("error", "budget", "exhausted") if s in stops), "finish")
-        return Trajectory(turns, "\n".join(part.report for part in parts), claims, stop, env.world)
+        made = Trajectory(turns, "\n".join(part.report for part in parts), claims, stop, env.world)
+        vars(made).update(next(({"error": vars(part)["error"]} for part in parts if "error" in vars(part)), {}))
+        return made
+
+# %% ../../nbs/ddr/04_agents.ipynb #b11d0010
+def _beginning(rows: Sequence[Sequence[int]], kept: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Tokens that all rows begin with, some that are kept if there are; each row has one more to read."""
+    known = max((p for p in kept if all(tuple(row[: len(p)]) == p and len(row) > len(p) for row in rows)), key=len, default=())
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, rows)))
+    fresh = first[: min(same, *(len(row) - 1 for row in rows))] if len(rows) > 1 else ()
+    return known or (fresh if len(fresh) >= 16 else ())
+
+
+class _Prefixed:
+    """A decoder that reads the common beginning of a batch once, and keeps the states of the last few beginnings."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder, self.kept, self.reused = decoder, dict[tuple[int, ...], Any](), 0
+
+    def generate(self, input_ids: Any, attention_mask: Any, **options: Any) -> Any:
+        """As that of the decoder, for rows padded on the left."""
+        import torch
+
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        if not (prefix := _beginning(rows, self.kept)):
+            return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if prefix not in self.kept:
+            head = torch.tensor([prefix], device=input_ids.device)
+            self.kept = dict([*self.kept.items()][-3:]) | {prefix: self.decoder(head, use_cache=True, logits_to_keep=1).past_key_values}
+        states = copy.deepcopy(self.kept[prefix])
+        states.batch_repeat_interleave(len(rows))
+        self.reused += len(prefix) * len(rows)
+        ids, mask = input_ids.clone(), torch.ones_like(attention_mask)
+        ids[:, : len(prefix)] = torch.tensor(prefix, device=ids.device)
+        for i, row in enumerate(rows):  # then the padding, then the rest
+            end = ids.shape[1] - len(row) + len(prefix)
+            ids[i, len(prefix) : end], mask[i, len(prefix) : end] = options["pad_token_id"], 0
+        return self.decoder.generate(input_ids=ids, attention_mask=mask, past_key_values=states, **options)
+
+# %% ../../nbs/ddr/04_agents.ipynb #b11d0011
+def _generate_together(self: Any, requests: Sequence[Request]) -> list[Reply]:
+    """As in `Chat`; what other threads ask meanwhile is generated in the same batches.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+
+    Returns
+    -------
+    list of Reply
+        One a request, in order.
+    """
+    mine: dict[str, Any] = {"requests": list(requests)}
+    self._queue.append(mine)
+    with self._serving:  # one thread serves all that are waiting
+        if "done" not in mine:
+            some = [self._queue.popleft() for _ in range(len(self._queue))]
+            groups: dict[str, list[tuple[dict[str, Any], int]]] = {}
+            for one in some:
+                one["done"] = [None] * len(one["requests"])
+                for i, request in enumerate(one["requests"]):
+                    groups.setdefault(str(request.messages[0]["content"]), []).append((one, i))
+            for group in groups.values():  # alike from the beginning
+                try:
+                    found: Any = TransformersChat.generate(self, [one["requests"][i] for one, i in group])
+                except Exception as error:
+                    found = [error] * len(group)
+                for (one, i), reply in zip(group, found, strict=True):
+                    one["done"][i] = reply
+    for reply in mine["done"]:
+        if isinstance(reply, Exception):
+            raise reply
+    return list(mine["done"])
+
+# %% ../../nbs/ddr/04_agents.ipynb #b11d0012
+class TogetherChat(TransformersChat):
+    """A local model for many agents at a time.
+
+    Parameters
+    ----------
+    model_or_path, tokenizer, device, dtype : optional
+        As for `TransformersChat`; a model of transformers.
+    batch_size : int
+        Most requests generated together.
+
+    Attributes
+    ----------
+    reused : int
+        Tokens so far that were not read again because a whole batch begins with them.
+
+    Raises
+    ------
+    TypeError
+        If the model has no `generate`; else as `TransformersChat`.
+    """
+
+    def __init__(self, model_or_path: Any, tokenizer: Any = None, device: str | None = None, dtype: Any = "auto",
+                 batch_size: int = 64) -> None:
+        super().__init__(model_or_path, tokenizer, device, dtype, batch_size)
+        if self._plain:
+            raise TypeError(f"a model that agents share needs generate, {type(self.model).__name__} has none")
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._queue, self._serving, self._decoder = deque[dict[str, Any]](), Lock(), _Prefixed(self._decoder)
+
+    reused = property(lambda self: self._decoder.reused)
+    generate = _generate_together
 
 # %% ../../nbs/ddr/04_agents.ipynb #84c6b291
 def _long_session(turns: int) -> Trajectory:
@@ -761,52 +889,123 @@ def _long_session(turns: int) -> Trajectory:
     return Trajectory(made, "", [], "finish")
 
 
-def _measured_model(device: str) -> Any:
-    """Random weights: 8 billion of Qwen3's shape on a GPU, a small model of ours on a CPU."""
-    from collai.core.tinylm import TinyLM
+class _Bytes:
+    """One token a byte and none that ends a text, so a model writes as many as it is asked for."""
 
-    if device == "cpu":
-        return TinyLM(256, hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=256)
+    pad_token_id, eos_token_id = 0, None
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Text to ids."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids to text, whatever they are."""
+        return "".join(chr(32 + int(i) % 95) for i in ids)
+
+# %% ../../nbs/ddr/04_agents.ipynb #b11d0015
+def _measured_model(device: str, small: bool) -> Any:
+    """Random weights of Qwen3's shape: 8 billion in bfloat16, or a small model."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
-                         num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    sizes = (256, 128, 256, 4, 4, 2, 32) if small else (151_936, 4096, 12_288, 36, 32, 8, 128)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    torch.manual_seed(0)
     with torch.device(device):
-        return Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+        model = Qwen3ForCausalLM(Qwen3Config(**dict(zip(names, sizes, strict=True)), eos_token_id=None, bos_token_id=None))
+    return (model if small else model.to(torch.bfloat16)).eval()
+
+
+def _clocked(work: Any, device: str) -> float:
+    """Seconds of some work, after a run that warms up."""
+    import torch
+
+    for _ in range(2):
+        begin = perf_counter()
+        work()
+        torch.cuda.synchronize() if device == "cuda" else None
+    return perf_counter() - begin
+
+# %% ../../nbs/ddr/04_agents.ipynb #b11d0014
+def _decode_row(model: Any, device: str, small: bool) -> dict[str, Any]:
+    """Tokens a second of one conversation: the peer grows its cache, ours has a fixed one, which transformers compiles on a GPU."""
+    import torch
+
+    ids, n = torch.ones((1, 16 if small else 1024), dtype=torch.long, device=device), 16 if small else 256
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        grown = _clocked(lambda: model.generate(ids, **options), device)
+        fixed = _clocked(lambda: model.generate(ids, cache_implementation="static", **options), device)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"name": "agents/decode_one", "measured": n / fixed, "unit": "tokens/s", "bound": 4.8e12 / size if device == "cuda" else None,
+            "seconds": fixed, "peer": n / grown, "peer_name": "a growing cache", "tokens": n, "bytes": size}
+
+
+def _flight_row(model: Any, words: Any, device: str, small: bool) -> dict[str, Any]:
+    """Tokens a second of many agents in threads, who begin with the same rules; the peer reads the rules in every row."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    agents, turns, n = (6, 2, 4) if small else (64, 4, 64)
+    rules, task = _opening(("sql", "python"), True, None)
+
+    def fly(chat: Any, agent: int) -> int:
+        talk = [rules, {**task, "content": f"Analyze shop {agent}."}]
+        for turn in range(turns):
+            reply = chat.generate([Request(talk, max_tokens=n)])[0]
+            talk += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": f"RESULT: {turn * agent:40d}"}]
+        return n * turns
+
+    def flown(chat: Any) -> float:
+        with ThreadPoolExecutor(agents) as pool:
+            return _clocked(lambda: sum(pool.map(partial(fly, chat), range(agents))), device)
+
+    shared, bare = (TogetherChat(model, words, batch_size=agents) for _ in range(2))
+    bare._decoder = bare._decoder.decoder
+    seconds, peer = flown(shared), flown(bare)
+    return {"name": "agents/in_flight", "measured": agents * turns * n / seconds, "unit": "tokens/s", "seconds": seconds,
+            "peer": agents * turns * n / peer, "peer_name": "the rules read in every row", "agents": agents, "turns": turns,
+            "reused": shared.reused, "bound": None}
 
 # %% ../../nbs/ddr/04_agents.ipynb #86418f4e
-def measure(device: str) -> list[dict[str, Any]]:
-    """Measure the probability of stopping by one pass and by a pass a turn, as a row of a results file.
+def _stop_row(model: Any, words: Any, device: str, small: bool) -> dict[str, Any]:
+    """Time of the separate passes over that of the tree."""
+    import torch
+
+    session = _long_session(20 if small else 100)
+    prefixes, stop = _prefixes(words, session), _ids(words, "FINISH:")
+    found: dict[Any, np.ndarray] = {}
+
+    def ask(way: Any) -> None:
+        found[way] = way(model, prefixes, stop)
+
+    with torch.inference_mode():
+        one, many = (_clocked(partial(ask, way), device) for way in (_packed, _separate))
+    return {"name": "agents/one_pass", "measured": many / one, "unit": "times as fast as a pass a turn", "bound": 20.0 if device == "cuda" else None,
+            "seconds": one, "peer": many, "peer_name": "a pass a turn", "tokens": len(_tree(prefixes, stop)[0]), "turns": len(session.turns),
+            "gap": float(np.abs(found[_packed] - found[_separate]).max())}
+
+
+def measure(device: str, small: bool = False) -> list[dict[str, Any]]:
+    """Measure a local model in the loop: one conversation, many at a time, the probability of stopping, as rows of a results file.
 
     Parameters
     ----------
     device : {"cpu", "cuda"}
-        "cuda": 100 turns of a model of 8 billion weights; "cpu": 40 turns of a small one.
+        A CPU always measures the small sizes.
+    small : bool
+        A model of some hundred thousand weights instead of 8 billion, 6 agents instead of 64, 20 turns instead of 100.
 
     Returns
     -------
     list of dict
-        One row: time of the separate passes over that of the tree.
+        Tokens a second of one conversation, beside the bound of the weights' bytes at 4.8 TB/s; tokens a second of all agents in
+        flight; and how much faster the probabilities of stopping come from one pass than from a pass a turn.
     """
-    import torch
-
-    from collai.core.tinylm import CharTokenizer
-
-    words = CharTokenizer("\n" + "".join(map(chr, range(32, 127))))
-    model, session = _measured_model(device), _long_session(100 if device == "cuda" else 40)
-    prefixes, stop, seconds, found = _prefixes(words, session), _ids(words, "FINISH:"), {}, {}
-    with torch.inference_mode():
-        for way in (_packed, _separate, _packed, _separate):  # the first of each warms up
-            begin = perf_counter()
-            found[way] = way(model, prefixes, stop)
-            seconds[way] = perf_counter() - begin
-    gap = float(np.abs(found[_packed] - found[_separate]).max())
-    tree = len(_tree(prefixes, stop)[0])
-    return [{"name": "agents/one_pass", "measured": seconds[_separate] / seconds[_packed], "unit": "times as fast as a pass a turn",
-             "bound": 20.0 if device == "cuda" else None, "seconds": seconds[_packed], "peer": seconds[_separate], "peer_name": "a pass a turn", "tokens": tree,
-             "turns": len(session.turns), "gap": gap}]
+    small = small or device == "cpu"
+    words, model = _Bytes(), _measured_model(device, small)
+    return [_decode_row(model, device, small), _flight_row(model, words, device, small), _stop_row(model, words, device, small)]
 
 # %% ../../nbs/ddr/04_agents.ipynb #d9f2b49a
 if __name__ == "__main__" and "__file__" in globals():
-    measure_main(measure)
+    few = [arg for arg in sys.argv[1:] if arg != "--small"]  # --small: the sizes of a CPU, on any device
+    measure_main(update_wrapper(partial(measure, small=len(few) < len(sys.argv) - 1), measure), few)

@@ -6,43 +6,122 @@
 __all__ = ['run_bench', 'Leaderboard', 'measure']
 
 # %% ../../nbs/ddr/06_bench.ipynb #82480178
+import hashlib
 import html
 import json
 import os
+import pickle
+import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from ..core.claims import measure_main
-from .checklist import Claim, LeakError, build_checklist
-from .explore import BlindAgent
+from .agents import ReactiveAgent, _reported, _told
+from .checklist import Checklist, Claim, LeakError, build_checklist
+from .explore import BlindAgent, RandomExplorer
 from .metrics import check, exploration, faithfulness, overall, process
 from .sandbox import Budget, Env, SqlSandbox, Trajectory
-from .worlds import World, make_world
-from ..eval.llm import ChatError
+from .worlds import Schema, World, digest, make_world
+from ..eval.llm import ChatError, fingerprint
 from ..eval.stats import bootstrap_mean
-from ..eval.store import Store, fingerprint, run_cells
+from ..eval.store import Store, _key_text, run_cells
 
 # %% ../../nbs/ddr/06_bench.ipynb #a79f23dd
-def _settings(value: Any) -> Any:
-    """What decides the behaviour of an agent, as JSON: its class and settings; of a chat, its identity."""
-    if value is None or isinstance(value, str | int | float | bool):
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _of_path(path: Path) -> Any:
+    """Contents of a file or folder; the name alone where there is none."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return [[str(f.relative_to(path)), _digest(f.read_bytes())] for f in files] or str(path)
+
+# %% ../../nbs/ddr/06_bench.ipynb #b11d0206
+def _ours(file: str | None) -> bool:
+    """Whether code is neither Python's nor that of an installed package: then it is walked."""
+    return bool(file) and "site-packages" not in str(file) and not str(file).startswith((sys.base_prefix, "<frozen"))
+
+
+def _of_class(kind: type, walk: Any) -> Any:
+    """Functions and values of a class and its bases, and the text of their modules and of those beside them."""
+    own = [c for c in kind.__mro__ if c.__module__.partition(".")[0] not in sys.stdlib_module_names]
+    modules, files, held = {c: sys.modules.get(c.__module__) for c in own}, dict[str, str](), []
+    for c, module in modules.items():
+        file = getattr(module, "__file__", None)
+        if file:
+            beside = Path(file).parent.glob("*.py") if getattr(module, "__package__", "") else [Path(file)]
+            files |= {f.name: _digest(f.read_bytes()) for f in beside if f.is_file()}
+        if not file or _ours(file):
+            held += [[k, walk(v)] for k, v in sorted(vars(c).items()) if isinstance(v, types.FunctionType) or not k.startswith("__")]
+    return [f"{kind.__module__}.{kind.__qualname__}", sorted(files.items()), held]
+
+
+def _of_function(f: types.FunctionType, walk: Any) -> Any:
+    """Code of a function, its defaults, and the plain values and functions that it closes over; of a wrapper, what it wraps."""
+    if not _ours(f.__code__.co_filename) and Path(f.__code__.co_filename).is_file():
+        return [f.__module__, f.__qualname__, walk(getattr(f, "__wrapped__", None))]
+    plain = (bool, int, float, str, bytes, type(None), types.FunctionType)
+    cells = [cell.cell_contents for cell in f.__closure__ or () if isinstance(getattr(cell, "cell_contents", ...), plain)]
+    return [walk(f.__code__), walk(f.__defaults__), walk(f.__kwdefaults__), walk(cells)]
+
+
+def _of_object(value: Any, walk: Any) -> Any:
+    """Class and attributes of an object, without what it only remembers; its pickle where it has none."""
+    names = [*getattr(value, "__dict__", ()), *(s for c in type(value).__mro__ for s in getattr(c, "__slots__", ()))]
+    kept = sorted({n for n in names if hasattr(value, n) and not isinstance(getattr(type(value), n, None), cached_property)})
+    try:
+        state = [[name, walk(getattr(value, name))] for name in kept] or _digest(pickle.dumps(value))
+    except Exception:  # no state that could be told
+        state = None
+    return [walk(type(value)), state]
+
+# %% ../../nbs/ddr/06_bench.ipynb #b11d0201
+def _settings(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """What decides the behaviour of an agent, as JSON; what was met before is told by its number."""
+    seen = {} if seen is None else seen
+    walk = partial(_settings, seen=seen)
+    if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {str(k): _settings(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_settings(v) for v in value]
-    if callable(getattr(value, "identity", None)):
+    if isinstance(value, float | complex | bytes | range | types.EllipsisType):
+        return repr(value)
+    if not isinstance(value, tuple | frozenset | types.CodeType | os.PathLike):  # these can't hold themselves, and are often shared
+        if id(value) in seen:
+            return {"seen": list(seen).index(id(value))}
+        seen[id(value)] = value  # kept, so that no other gets its number
+    if callable(getattr(value, "identity", None)) and not isinstance(value, type):
         return value.identity()
-    return {"class": type(value).__qualname__, **{k: _settings(v) for k, v in sorted(vars(value).items())}}
+    if isinstance(value, np.ndarray | np.generic):
+        array = np.asarray(value)
+        return [array.dtype.str, list(array.shape), walk(array.tolist()) if array.dtype.hasobject else _digest(array.tobytes())]
+    for kind, parts in _PARTS:
+        if isinstance(value, kind):
+            return {kind.__name__: parts(value, walk)}
+    return _of_object(value, walk)
 
 
+_order = partial(sorted, key=json.dumps)
+_PARTS: tuple[tuple[type, Any], ...] = (
+    (os.PathLike, lambda x, walk: _of_path(Path(x))), (Mapping, lambda x, walk: _order([walk(k), walk(v)] for k, v in x.items())),
+    (list, lambda x, walk: [walk(v) for v in x]), (tuple, lambda x, walk: [walk(v) for v in x]),
+    (set, lambda x, walk: _order(map(walk, x))), (frozenset, lambda x, walk: _order(map(walk, x))),
+    (types.CodeType, lambda x, walk: [walk(x.co_code), walk(x.co_names), walk(x.co_consts)]), (types.FunctionType, _of_function),
+    (types.MethodType, lambda x, walk: [walk(x.__func__), walk(x.__self__)]), (type, _of_class),
+    (property, lambda x, walk: [walk(x.fget), walk(x.fset)]), (staticmethod, lambda x, walk: walk(x.__func__)),
+    (classmethod, lambda x, walk: walk(x.__func__)))
+
+
+def _mark(agent: Any, budget: Budget) -> str:
+    """Digest of an agent and what it may spend."""
+    return _digest(json.dumps([_settings(agent), _settings(budget)], sort_keys=True, default=str).encode())[:12]
+
+# %% ../../nbs/ddr/06_bench.ipynb #b11d0202
 def _named(agents: Any) -> dict[str, Any]:
     """Agents by name; those of a sequence are called by their class."""
     given = agents.items() if isinstance(agents, Mapping) else [(type(agent).__name__, agent) for agent in agents]
@@ -56,9 +135,47 @@ def _named(agents: Any) -> dict[str, Any]:
     return named
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A database and what is asked about it: `given`, or the checklist of a world."""
+
+    name: str
+    db_path: str
+    digest: str
+    engine: str = "duckdb"
+    given: Checklist | None = None
+    world: World | None = None
+
+    def checklist(self) -> Checklist:
+        """It is built after the run."""
+        return self.given if self.given is not None else build_checklist(self.world)  # type: ignore[arg-type]
+
+
 def _world_name(world: World) -> str:
     """Template, seed and strength, and the draw if it is not the first."""
     return f"{world.template}-{world.seed}-{world.strength:g}" + (f"-draw{world.draw}" if world.draw else "")
+
+# %% ../../nbs/ddr/06_bench.ipynb #b11d0203
+def _place(given: Any) -> _Place:
+    """A world, or a pair of a database file and its checklist."""
+    if isinstance(given, World):
+        if not given.plants:
+            raise ValueError(f"world {_world_name(given)} has nothing planted, so nothing can be scored")
+        return _Place(_world_name(given), given.db_path, given.digest, world=given)
+    try:
+        path, checklist = Path(given[0]), given[1]
+    except (TypeError, IndexError):
+        path, checklist = Path(), None
+    if not isinstance(checklist, Checklist):
+        raise TypeError(f"a world must be a World or a pair (database file, Checklist), got {given!r}")
+    with open(path, "rb") as file:
+        engine = "sqlite" if file.read(15) == b"SQLite format 3" else "duckdb"
+    own, entities = digest(str(path), engine), {item.entity for item in checklist.items}
+    if checklist.world not in ("", own):
+        raise ValueError(f"checklist was built for world {checklist.world}, {path.name} is {own}")
+    if len(entities) != 1:
+        raise ValueError(f"the checklist of {path.name} must have one entity, got {len(entities)}: give a pair for each")
+    return _Place(f"{path.stem}-{entities.pop()}", str(path), own, engine, replace(checklist, world=own))
 
 # %% ../../nbs/ddr/06_bench.ipynb #3f05484e
 def _transcript(trajectory: Trajectory) -> str:
@@ -73,55 +190,104 @@ def _packed(trajectory: Trajectory) -> bytes:
         return (Path(folder) / "trajectory.json").read_bytes()
 
 
-def _scores(trajectory: Trajectory, world: World, foreign: World, env: Env) -> dict[str, Any]:
+def _quiet(trajectory: Trajectory) -> Trajectory:
+    """The trajectory; without its texts if none of them holds a claim, since `check` does not take that for a report."""
+    if trajectory.claims or any(turn.claims for turn in trajectory.turns):
+        return trajectory
+    return replace(trajectory, turns=[replace(turn, insight="") for turn in trajectory.turns], report="")
+
+
+def _readable(trajectory: Trajectory, schema: Schema) -> Trajectory:
+    """The trajectory, with its texts read into claims if it has none."""
+    if trajectory.claims or any(turn.claims for turn in trajectory.turns):
+        return trajectory
+    turns = [replace(turn, claims=_told(turn.insight, schema, turn)) for turn in trajectory.turns]
+    return _quiet(replace(trajectory, turns=turns, claims=_reported(trajectory.report, schema, turns)))
+
+# %% ../../nbs/ddr/06_bench.ipynb #b11d0204
+_CONTROLS = ("constant", "question", "blind", "random")
+_KNOWN: dict[tuple[str, str], dict[str, float]] = {}
+
+
+def _controls(place: _Place, checklist: Checklist, budget: Budget) -> dict[str, float]:
+    """Accuracies of those who don't look, and of one who looks at random, by mode and name; worked out once a process."""
+    key = place.digest, repr((budget, checklist.canary))
+    if key not in _KNOWN:
+        questions, found = [item.question for item in checklist.items], dict[str, float]()
+        with Env(place.db_path, budget=budget, engine=place.engine) as env:
+            told: dict[str, Any] = {"question": BlindAgent(questions=questions), "blind": BlindAgent(), "up": BlindAgent((), questions),
+                    "down": BlindAgent((), questions, sign=-1), "random": RandomExplorer()}
+            runs = {name: agent.run(env) for name, agent in told.items()}
+        for mode in ("message", "trajectory"):
+            score = {name: check(run, checklist, mode=mode).accuracy_item for name, run in runs.items()}
+            score["constant"] = max(score.pop("up"), score.pop("down"))  # in hindsight, as such guesses are published
+            found |= {f"{mode}_{name}": score[name] for name in _CONTROLS}
+        _KNOWN[key] = found
+    return _KNOWN[key]
+
+# %% ../../nbs/ddr/06_bench.ipynb #b11d0205
+def _scores(trajectory: Trajectory, place: _Place, foreign: _Place | None, schema: Schema, budget: Budget, asked: bool) -> dict[str, Any]:
     """All scores of one run beside its controls."""
-    checklist, other = build_checklist(world), build_checklist(foreign)
+    checklist = place.checklist()
     checklist.guard(_transcript(trajectory))
-    row: dict[str, Any] = {"stop": trajectory.stop_reason, **process(trajectory)}
-    found = {mode: check(trajectory, checklist, mode=mode) for mode in ("message", "trajectory")}
-    for mode in found:
-        blind = check(BlindAgent().run(env), checklist, mode=mode).accuracy_item
-        fixed = check(trajectory, checklist, mode=mode, blind=blind)
-        swapped = check(trajectory, other, mode=mode, swapped=True)
-        row |= {f"{mode}_{name}": float(getattr(fixed, name)) for name in _SHARES}
-        row |= {f"{mode}_blind": blind, f"{mode}_swapped": swapped.accuracy_item}
+    row: dict[str, Any] = {"stop": trajectory.stop_reason, **process(trajectory), **_controls(place, checklist, budget)}
+    trajectory = _readable(trajectory, schema)
+    found = {mode: check(trajectory, checklist, mode=mode, blind=row[f"{mode}_question" if asked else f"{mode}_blind"])
+             for mode in ("message", "trajectory")}
+    for mode, result in found.items():
+        row |= {f"{mode}_{name}": float(getattr(result, name)) for name in _SHARES}
+        row[f"{mode}_swapped"] = None
+        if foreign is not None:
+            row[f"{mode}_swapped"] = check(trajectory, foreign.checklist(), mode=mode, swapped=True).accuracy_item
     row["overall"] = overall(found["message"], found["trajectory"])
-    row |= {f"at_{k}": check(replace(trajectory, turns=trajectory.turns[:k]), checklist).accuracy_item for k in (10, 25, 50)}
-    row["right"] = {item.kind: item.verdict == "CORRECT" for item in found["message"].per_item.itertuples()}
+    for k in (10, 25, 50):
+        early = replace(trajectory, turns=trajectory.turns[:k], report="", claims=[])
+        row[f"at_{k}"] = check(_quiet(early), checklist).accuracy_item
+    row["right"] = {item.item: item.verdict == "CORRECT" for item in found["message"].per_item.itertuples()}
     return row
 
 # %% ../../nbs/ddr/06_bench.ipynb #df531cf9
 _SHARES = ("accuracy_item", "accuracy_sample", "incorrect", "insufficient", "precision", "f1", "chance_corrected")
 
 
-def _cell(args: tuple[Any, World, World, Budget], seed: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _cell(args: tuple[Any, _Place, _Place | None, Budget, str], seed: int) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Run one agent on one world and score it."""
-    agent, world, foreign, budget = args
     try:
-        return _run_one(agent, world, foreign, budget)
+        return _run_one(*args)
     except (LeakError, ChatError):
         raise
     except Exception as error:  # an agent of anybody's: its failure is a result, and no reason to stop the others
         return {"error": f"{type(error).__name__}: {error}"}, {}
 
 
-def _run_one(agent: Any, world: World, foreign: World, budget: Budget) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _give_up(trajectory: Trajectory, kept: Path) -> None:
+    """Raise what cut a run off, and keep the turns until then."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    trajectory.save(kept)
+    error = vars(trajectory).get("error", ChatError(message="the agent does not say why"))
+    text = f"the endpoint failed after {len(trajectory.turns)} turns, kept in {kept}: {error}"
+    raise type(error)(error.status, error.billed, error.retry_after, text)
+
+
+def _run_one(agent: Any, place: _Place, foreign: _Place | None, budget: Budget, kept: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Run, score, and recompute the evidence in a sandbox of its own."""
-    with Env(world.db_path, budget=budget) as env:
+    with Env(place.db_path, budget=budget, engine=place.engine) as env:
         trajectory = agent.run(env)
         if trajectory.stop_reason == "error" and _is_live(agent):
-            raise ChatError(message="the endpoint failed in the middle of a run")
-        row = _scores(trajectory, world, foreign, env)
+            _give_up(trajectory, Path(kept))
+        row = _scores(trajectory, place, foreign, env.schema, budget, isinstance(agent, ReactiveAgent))
         looked = exploration(trajectory, env.schema)
         row |= {"coverage": looked.coverage, "entropy_norm": looked.entropy_norm, "effective_fields": looked.effective_fields}
-    with SqlSandbox(world.db_path) as box:  # what the agent left behind, and its budget, don't matter here
-        told = faithfulness(trajectory, box).verdict
-    sure = told[told != "NO_EVIDENCE"]
+        told = _readable(trajectory, env.schema)
+    with SqlSandbox(place.db_path, place.engine) as box:  # what the agent left behind, and its budget, don't matter here
+        sure = faithfulness(told, box).verdict
+    sure = sure[sure != "NO_EVIDENCE"]
     row["unfaithful"] = float((sure == "UNFAITHFUL").mean()) if len(sure) else None
+    Path(kept).unlink(missing_ok=True)
     return row, {"trajectory.json": _packed(trajectory)}
 
 # %% ../../nbs/ddr/06_bench.ipynb #dafa00a3
-_SPEC = {"benchmark": "ddr", "version": 2}  # of what the scores are: raised when scoring changes
+_SPEC = {"benchmark": "ddr", "version": 3}  # of what the scores are: raised when scoring changes
 
 
 def _is_live(agent: Any) -> bool:
@@ -129,38 +295,60 @@ def _is_live(agent: Any) -> bool:
     return hasattr(agent, "client") or (hasattr(agent, "agent") and _is_live(agent.agent))
 
 
-def _foreign(worlds: Sequence[World], i: int) -> World:
-    """Another world of the same template: the next of the list, else the one with the next seed."""
-    for other in [*worlds[i + 1 :], *worlds[:i]]:
-        if other.template == worlds[i].template and other.digest != worlds[i].digest:
+def _foreign(places: Sequence[_Place], i: int) -> _Place | None:
+    """Another world of the same template: the next of the list, else the one with the next seed; for other databases another one."""
+    here = places[i]
+    for other in [*places[i + 1 :], *places[:i]]:
+        kinds = [place.world.template if place.world else None for place in (here, other)]
+        if kinds[0] == kinds[1] and other.digest != here.digest:
             return other
-    world = worlds[i]
-    return make_world(world.template, world.seed + 1, world.rows, world.strength, [plant.kind for plant in world.plants])
+    if (world := here.world) is None:
+        return None
+    return _place(make_world(world.template, world.seed + 1, world.rows, world.strength, [plant.kind for plant in world.plants]))
 
 
-def _check_bench(agents: Mapping[str, Any], worlds: Sequence[World]) -> None:
-    """Refuse a bench without agents, worlds or plants, and a world given twice."""
+def _check_bench(agents: Mapping[str, Any], worlds: Sequence[Any]) -> list[_Place]:
+    """Places of the worlds; refuse a bench without agents, worlds or plants, and a world given twice."""
     if not agents or not len(worlds):
         raise ValueError(f"needs at least one agent and one world, got {len(agents)} and {len(worlds)}")
-    if empty := [_world_name(world) for world in worlds if not world.plants]:
-        raise ValueError(f"world {empty[0]} has nothing planted, so nothing can be scored")
-    if len({world.digest for world in worlds}) < len(worlds):
-        raise ValueError("a world is given twice")
+    places = [_place(world) for world in worlds]
+    for what in ("digest", "name"):
+        if len({getattr(place, what) for place in places}) < len(places):
+            raise ValueError(f"a world is given twice: {[place.name for place in places]}")
+    return places
 
 # %% ../../nbs/ddr/06_bench.ipynb #3efeb3aa
-def _plan(agents: Mapping[str, Any], worlds: Sequence[World], budget: Budget) -> dict[tuple[str, str, str], tuple]:
+def _plan(agents: Mapping[str, Any], places: Sequence[_Place], budget: Budget, folder: Path) -> dict[tuple[str, str, str], tuple]:
     """What each run needs, by agent, world and mark."""
-    cells, foreign = {}, [_foreign(worlds, i) for i in range(len(worlds))]
+    cells, foreign = {}, [_foreign(places, i) for i in range(len(places))]
     for name, agent in agents.items():
-        mark = fingerprint({"agent": _settings(agent), "budget": _settings(budget)})[:12]
-        for world, other in zip(worlds, foreign, strict=True):
-            cells[name, _world_name(world), f"{mark}-{world.digest[:12]}"] = agent, world, other, budget
+        mark = _mark(agent, budget)
+        for place, other in zip(places, foreign, strict=True):
+            key = name, place.name, f"{mark}-{place.digest[:12]}"
+            cells[key] = agent, place, other, budget, str(folder / "failed" / f"{fingerprint(list(key))[:16]}.json")
     return cells
 
+
+def _forget(store: Store, keys: Sequence[Any]) -> None:
+    """Take runs out of a store that others may be using."""
+    with store._file.transaction() as db:
+        for table in ("cell", "blob", "error"):
+            db.executemany(f"DELETE FROM {table} WHERE key = ?", [(_key_text(key),) for key in keys])  # noqa: S608
+
+
+def _opened(path: Path) -> Store:
+    """The store of a bench."""
+    try:
+        return Store(path, _SPEC)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be gone on with, give another folder: {error}") from None
+
 # %% ../../nbs/ddr/06_bench.ipynb #32e4a447
-def _finish(cells: dict[tuple[str, str, str], tuple], path: Path, workers: SupportsIndex) -> "Leaderboard":
+def _finish(cells: dict[tuple[str, str, str], tuple], path: Path, workers: SupportsIndex, resume: bool) -> "Leaderboard":
     """Run what the store lacks and read all runs that were asked for."""
-    with Store(path, _SPEC) as store:
+    with _opened(path) as store:
+        if not resume:
+            _forget(store, list(cells))
         engine = "threads" if any(_is_live(args[0]) for args in cells.values()) else "local"  # clients don't travel
         run_cells(store, cells, _cell, workers=workers, engine=engine, on_error="record")
         done = dict(zip(store.frame().index, store.rows(), strict=True))
@@ -170,7 +358,7 @@ def _finish(cells: dict[tuple[str, str, str], tuple], path: Path, workers: Suppo
     return Leaderboard(runs, str(path))
 
 # %% ../../nbs/ddr/06_bench.ipynb #ef70e738
-def run_bench(agents: Mapping[str, Any] | Sequence[Any], worlds: Sequence[World], out_dir: str | os.PathLike[str],
+def run_bench(agents: Mapping[str, Any] | Sequence[Any], worlds: Sequence[Any], out_dir: str | os.PathLike[str],
               workers: SupportsIndex = 2, resume: bool = True, budget: Budget | None = None) -> "Leaderboard":
     """Run every agent on every world, score each run beside its controls, and keep all of it.
 
@@ -178,14 +366,15 @@ def run_bench(agents: Mapping[str, Any] | Sequence[Any], worlds: Sequence[World]
     ----------
     agents : dict or sequence of agents
         Objects with ``run(env) -> Trajectory``, by name or called by their class.
-    worlds : sequence of World
-        All with plants; each is a database of its own.
+    worlds : sequence of World, or of (path, Checklist)
+        Worlds with plants, or any DuckDB or SQLite file with a checklist of one entity whose items have claims.
     out_dir : str or path-like
-        Holds ``bench.sqlite``: a row a run, and its trajectory. ``results.jsonl`` is written beside it.
+        Holds ``bench.sqlite``: a row a run, and its trajectory. ``results.jsonl`` is written beside it, and ``failed/`` has the
+        turns of runs that an endpoint cut off.
     workers : int
         Processes; threads if an agent asks a model, whose client can't travel to another process.
     resume : bool
-        True keeps finished runs of the same agent, settings and world; False begins anew.
+        True keeps finished runs of the same agent, code, settings and world; False runs those asked for anew.
     budget : Budget, optional
         Of each run; by default 100 turns and 600 seconds.
 
@@ -195,24 +384,23 @@ def run_bench(agents: Mapping[str, Any] | Sequence[Any], worlds: Sequence[World]
 
     Raises
     ------
-    ValueError, TypeError, LeakError
-        Without agents, worlds or plants; for a name or world given twice; for an agent without `run`; if a transcript
-        holds the canary of its checklist.
+    ValueError, TypeError, FileNotFoundError, LeakError
+        Without agents, worlds or plants; for a name or world given twice, a checklist of another database or of several
+        entities, a folder whose runs were scored by other rules; for an agent without `run`; if a transcript holds the canary.
 
     Notes
     -----
     A run whose endpoint stays away is noted, and counts as nothing found until a later call finishes it.
     """
     named, path = _named(agents), Path(out_dir) / "bench.sqlite"
-    _check_bench(named, worlds)
-    if not resume:
-        path.unlink(missing_ok=True)
-    return _finish(_plan(named, worlds, budget or Budget()), path, workers)
+    places = _check_bench(named, worlds)
+    return _finish(_plan(named, places, budget or Budget(), Path(out_dir)), path, workers, resume)
 
 # %% ../../nbs/ddr/06_bench.ipynb #944824e8
 _COLUMNS = {
     "overall": "overall", "message": "by message", "trajectory": "by report", "precision": "precision", "f1": "F1",
-    "blind": "blind", "chance_corrected": "chance-corrected", "specificity": "own minus other world", "unfaithful": "unfaithful",
+    "constant": "constant guess", "question": "question only", "blind": "blind", "random": "random", "chance_corrected": "chance-corrected",
+    "specificity": "own minus other world", "unfaithful": "unfaithful",
     "at_10": "10 turns", "at_25": "25 turns", "at_50": "50 turns", "turns": "turns", "tokens": "tokens", "errors": "failed runs",
 }
 
@@ -220,11 +408,12 @@ _COLUMNS = {
 def _flat(run: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one run that the table shows; a failed run found nothing."""
     if "error" in run:
-        return {**dict.fromkeys(_COLUMNS, 0.0), "unfaithful": np.nan, "turns": np.nan, "tokens": np.nan, "errors": 1.0}
+        unknown = (*_CONTROLS, "unfaithful", "turns", "tokens")
+        return {**dict.fromkeys(_COLUMNS, 0.0), **dict.fromkeys(unknown, np.nan), "errors": 1.0}
     row = {name: run[name] for name in ("overall", "at_10", "at_25", "at_50", "turns")}
     row |= {mode: run[f"{mode}_accuracy_item"] for mode in ("message", "trajectory")}
-    row |= {name: run[f"message_{name}"] for name in ("precision", "f1", "blind", "chance_corrected")}
-    row["specificity"] = run["message_accuracy_item"] - run["message_swapped"]
+    row |= {name: run[f"message_{name}"] for name in ("precision", "f1", *_CONTROLS, "chance_corrected")}
+    row["specificity"] = np.nan if run["message_swapped"] is None else run["message_accuracy_item"] - run["message_swapped"]
     row["unfaithful"] = np.nan if run["unfaithful"] is None else run["unfaithful"]
     return row | {"tokens": run["tokens_in"] + run["tokens_out"], "errors": 0.0}
 
@@ -236,8 +425,8 @@ def _frame(self: Any) -> Any:
     -------
     DataFrame
         Index: agents. Columns ``overall``, ``lo`` and ``hi`` (95 % interval from resampled worlds), ``message``, ``trajectory``,
-        ``precision``, ``f1``, ``blind``, ``chance_corrected``, ``specificity``, ``unfaithful``, ``at_10``, ``at_25``, ``at_50``: shares;
-        ``turns``, ``tokens``: means; ``errors``: number of failed runs; ``worlds``.
+        ``precision``, ``f1``, ``constant``, ``question``, ``blind``, ``random``, ``chance_corrected``, ``specificity``, ``unfaithful``,
+        ``at_10``, ``at_25``, ``at_50``: shares; ``turns``, ``tokens``: means; ``errors``: number of failed runs; ``worlds``.
     """
     import pandas as pd
 
@@ -268,7 +457,9 @@ def _cells_of(table: Any) -> list[list[str]]:
 
 _HEAD = ["agent", "worlds", *_COLUMNS.values()]
 _NOTE = ("Shares in percent, means over worlds; in brackets a 95 % interval from resampled worlds. Overall: mean of four accuracies. "
-         "Other world: the same report scored against another world's checklist.")
+         "Controls on the same items, by message: the same answer to every question, the likeliest answer to each, the likeliest claims of "
+         "all, none of them from the data; random queries. Chance-corrected: what of the rest was found, beyond the blind control, or for "
+         "an agent that is asked, the question-only one. Other world: the same report scored against another world's checklist.")
 
 
 def _to_markdown(self: Any) -> str:
@@ -356,7 +547,7 @@ def _scored(agents: Mapping[str, Any], strength: float, worlds: Sequence[World],
     for name in agents:
         runs = [run for (agent, _), run in board.runs.items() if agent == name]
         for score in ("overall", "message_accuracy_item", "trajectory_accuracy_item", "message_swapped", "message_chance_corrected",
-                      "message_precision", "at_10"):
+                      "message_precision", "at_10", *(f"message_{control}" for control in _CONTROLS)):
             rows.append(_studied(f"{name}/{strength:g}/{score}", [run[score] for run in runs], "share", note))
     return rows
 
@@ -376,24 +567,26 @@ def measure(device: str, worlds: int = 8, folder: str = "build/ddr-bench") -> li
     Returns
     -------
     list of dict
-        Accuracy by message and by report of each agent and strength, and the gap between being asked and not, each with an
-        interval from resampled worlds.
+        Accuracy by message and by report of each agent and strength with its controls, and the gap between being asked and not,
+        as it is and beyond the control of either, each with an interval from resampled worlds.
     """
-    from collai.ddr.agents import LLMAgent, ReactiveAgent, tiny_analyst
-    from collai.ddr.explore import RandomExplorer, StatExplorer
+    from collai.ddr.agents import LLMAgent, tiny_analyst
+    from collai.ddr.explore import StatExplorer
 
     agents = {"StatExplorer": StatExplorer(), "tiny model": LLMAgent(tiny_analyst(), protocol="text"),
               "RandomExplorer": RandomExplorer(), "BlindAgent": BlindAgent()}
     drawn = {s: [make_world("retail", seed, strength=s) for seed in range(worlds)] for s in (1.0, 0.5, 0.25)}
     rows = [row for strength, some in drawn.items() for row in _scored(agents, strength, some, Path(folder))]
-    gap = []
+    gaps: dict[str, list[float]] = {"accuracy_item": [], "chance_corrected": []}
     for world in drawn[0.25]:
         agent = ReactiveAgent(StatExplorer(), build_checklist(world))
         runs = run_bench({"asked": agent, "not asked": StatExplorer()}, [world], Path(folder)).runs
-        asked, hunting = (runs[name, _world_name(world)]["message_accuracy_item"] for name in ("asked", "not asked"))
-        gap.append(100 * (asked - hunting))
+        for score, gap in gaps.items():
+            asked, hunting = (runs[name, _world_name(world)][f"message_{score}"] for name in ("asked", "not asked"))
+            gap.append(100 * (asked - hunting))
     note = f"{worlds} shops of 40,000 orders, strength 0.25, the statistical explorer asked and not asked"
-    return [*rows, _studied("reactive_gap", gap, "percentage points", note)]
+    return [*rows, _studied("reactive_gap", gaps["accuracy_item"], "percentage points", note),
+            _studied("reactive_gap_corrected", gaps["chance_corrected"], "percentage points", note + ", each beyond its own control")]
 
 
 if __name__ == "__main__" and "__file__" in globals():

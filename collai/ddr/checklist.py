@@ -22,12 +22,37 @@ from datetime import date
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from itertools import pairwise, product
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from .worlds import KINDS, Plant, Schema, World
+
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d01
+def _is_number(number: Any, kind: type = Real) -> bool:
+    """Whether something is a number and no truth value."""
+    return isinstance(number, kind) and not isinstance(number, bool)
+
+
+def _check_number(name: str, number: Any) -> None:
+    """Refuse a value that is there and no finite number."""
+    if number is not None and not _is_number(number):
+        raise ValueError(f"{name} must be a number, got {number!r}")
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _is_period(text: str) -> bool:
+    """Whether a text is a day, a span of days or a month."""
+    if text.isdecimal() and len(text) < 3:
+        return 1 <= int(text) <= 12
+    try:
+        days = [date.fromisoformat(part) for part in text.split("/")]
+    except ValueError:
+        return False
+    return len(days) == 1 or (len(days) == 2 and days[0] <= days[1])
 
 # %% ../../nbs/ddr/02_checklist.ipynb #5dea93c9
 _SIGNED = ("trend", "level_shift", "group_difference", "correlation", "interaction", "simpson")
@@ -43,31 +68,26 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _check_claim(self: "Claim") -> None:
     """Refuse a claim that says nothing checkable."""
     if self.kind not in KINDS:
-        raise ValueError(f"unknown kind {self.kind!r}; nearest: {_nearest(self.kind, KINDS)}")
+        raise ValueError(f"unknown kind {self.kind!r}; nearest: {_nearest(str(self.kind), KINDS)}")
     if not self.metric:
         raise ValueError(f"a {self.kind} needs a metric, got {self.metric!r}")
-    if self.direction not in (None, -1, 0, 1) or isinstance(self.direction, bool):
+    for name in ("metric", "by", "segment", "given", "other", "unit", "period", "evidence_sql", "text"):
+        if not isinstance(getattr(self, name), str) and (getattr(self, name) is not None or name in ("metric", "text")):
+            raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
+    if self.direction is not None and (not _is_number(self.direction, Integral) or self.direction not in (-1, 0, 1)):
         raise ValueError(f"direction must be -1, 0, 1 or None, got {self.direction!r}")
     for name in ("value", "confidence"):
-        number = getattr(self, name)
-        if number is not None and not math.isfinite(number):
-            raise ValueError(f"{name} must be finite, got {number}")
+        _check_number(name, getattr(self, name))
     if self.confidence is not None and not 0 <= self.confidence <= 1:
         raise ValueError(f"confidence must be in [0, 1], got {self.confidence}")
+    if self.kind in ("correlation", "interaction", "lag", "dose_threshold") and not self.other:
+        raise ValueError(f"a {self.kind} needs other, the second column, got {self.other!r}")
     if self.period is not None and not _is_period(self.period):
         raise ValueError(f"period must be an ISO date, two of them as from/to, or a month 1 to 12, got {self.period!r}")
+    if isinstance(self.tables, str) or not isinstance(self.tables, Iterable) or any(
+            not isinstance(table, str) for table in self.tables):
+        raise ValueError(f"tables must be a sequence of names, got {self.tables!r}")
     object.__setattr__(self, "tables", tuple(self.tables))
-
-
-def _is_period(text: str) -> bool:
-    """Whether a text is a day, a span of days or a month."""
-    if text.isdecimal() and len(text) < 3:
-        return 1 <= int(text) <= 12
-    try:
-        days = [date.fromisoformat(part) for part in text.split("/")]
-    except ValueError:
-        return False
-    return len(days) == 1 or (len(days) == 2 and days[0] <= days[1])
 
 # %% ../../nbs/ddr/02_checklist.ipynb #93f1c908
 def _parse_claims(text: str, schema: Schema) -> list["Claim"]:
@@ -437,10 +457,11 @@ down step: jump_down jumps_down jumped_down drop drops dropped plunge plunged sl
     step_down stepped_down steps_down shifted_down shifts_down
 step: shift shifts shifted step level_shift break structural_break abrupt abruptly sudden suddenly change_point
     level_change changed_level overnight
-up compare: higher more greater larger bigger highest most greatest largest exceed exceeds exceeded longer longest
-    more_likely more_often upper elevated extra additional surplus stronger more_frequent more_frequently
-down compare: lower less smaller fewer lowest least smallest fewest shorter shortest less_likely less_often weaker
-    less_frequent less_frequently
+up compare: higher more greater larger bigger highest the_most greatest largest exceed exceeds exceeded longer
+    longest more_likely more_often most_often highest_in high_in upper elevated extra additional surplus stronger
+    more_frequent more_frequently
+down compare: lower less smaller fewer lowest lowest_in low_in the_least smallest fewest shorter shortest
+    less_likely less_often weaker less_frequent less_frequently more_rarely more_seldom
 up compare high: above beyond exceeding past
 down compare low: below beneath under
 up sign: positive positively
@@ -454,7 +475,7 @@ trend: trend trends trended trending drift drifts drifted drifting gradual gradu
 season: season seasonal seasonality seasonally cycle cycles cyclic cyclical yearly annual annually every_year
     each_year
 peak: peak peaks peaked peaking maximum highest_in highs high_in crest crests
-trough: trough troughs bottom bottoms lowest_in lows low_in minimum
+trough: trough troughs bottom bottoms bottom_out bottoms_out bottomed_out lowest_in lows low_in minimum
 half: amplitude
 full: peak_to_trough trough_to_peak
 missing: missing null nulls blank blanks absent unrecorded not_recorded not_filled empty missingness not_given
@@ -490,7 +511,7 @@ spread: variance variances spread standard_deviation sd variable variability var
     noisier noise scatter scattered dispersion dispersed spread_out fluctuate fluctuates fluctuations deviation
     erratic
 share: share account accounts accounted make_up makes_up made_up contribute contributes contributed of_the_total
-    of_total of_all brings_in bring_in holds hold generates dominates total fraction concentrated comes_from
+    of_total of_all brings_in bring_in holds hold generate generates dominates total fraction concentrated comes_from
     come_from
 anomaly: anomaly anomalous anomalies unusual unusually spike spikes spiked outlier outlying burst exceptional
     exceptionally abnormal abnormally stands_out sticks_out peak_day
@@ -503,12 +524,10 @@ zero still: unchanged constant flat stable steady_state
 _CUE_TEXT += """
 zero corr: unrelated independent uncorrelated
 zero: same equal equally identical steady_level indistinguishable insignificant unaffected absence_of random
-neg: rather_than no not never without neither nor none nothing cannot fails failed lack lacks lacking false untrue
-    wrong incorrect n't nowhere
-hedge: may might could can perhaps possibly probably maybe likely unlikely seem seems seemed appear appears appeared
-    suggest suggests presumably unclear uncertain whether if would should expect expected either or no_longer will
-    let's hypothesis suppose assume check hardly barely scarcely unsure apparently arguably allegedly potentially
-    believe think guess wonder investigate examine
+neg: rather_than no not never without none nothing cannot fails failed lack lacks lacking n't nowhere
+neg whole: false untrue wrong incorrect not_true not_the_case
+hedge: no_longer either neither anything_but nothing_but all_but not_all not_every far_from to_show to_find to_see
+    to_observe to_demonstrate as_often as_rarely as_seldom no_less no_more
 since: since onward onwards starting as_of from
 until: until up_to prior_to till
 rest: rest elsewhere others other remaining remainder
@@ -523,7 +542,10 @@ down compare spread: varies_less vary_less varied_less
 up corr: together hand_in_hand in_step
 pron: it its they their this these those there
 fill: signed_up sign_up signs_up any_more at_the_same_time not_only no_doubt not_at_random no_matter more_or_less
-    or_so and_so_on most_of more_than_once whether_or_not at_least_once more_strongly
+    or_so more_strongly at_least_once without_interruption without_interruptions without_exception
+    without_exceptions with_no_exception without_warning without_doubt without_a_doubt no_accident no_coincidence
+    not_by_chance not_due_to_chance never_came_back never_went_back never_recovered never_returned not_come_back
+    n't_come_back no_other_day_comes_close not_normal not_usual one_of some_of not_surprising no_surprise
 insignificant: significant significantly
 """
 
@@ -568,6 +590,13 @@ _DIGITS = (r"(?:(?<!\w)[+-])?[$€£]?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(
            r"(?:\s?(?:k|m|bn|thousand|million|billion)\b)?")
 
 # %% ../../nbs/ddr/02_checklist.ipynb #f050ef2d
+_HIGH_P = re.compile(r"\bp\s*(?:[>\u2265]\s*|=\s*(?=0?\.0?[5-9]|0?\.[1-9]|1\b)|"
+                     r"[<\u2264]\s*(?=0?\.0[6-9]|0?\.[1-9]|1\b))[\d.]*\d")
+_ASIDE = re.compile(r",?\s*\b[pntzf]\s*[<>=\u2264\u2265]+\s*-?[\d.,e-]*\d|(?:\u00b1|\+/-)\s*[\d.]+|"
+                    r",?\s*(?:\b\d\d(?:\.\d)?\s?%\s*)?\b(?:ci|confidence interval)[:=]?\s*(?:of\s+)?[\[(]?\s*"
+                    r"-?[\d.]+\s*(?:,|to|;|-)\s*-?[\d.]+\s*[\])]?")
+
+
 def _plain(text: str) -> str:
     """Text in one spelling: NFKC, lower case, plain dashes and quotes; no markup, no asides of statistics."""
     text = re.sub(r"(?<=[\w,(] )May\b|\bMay(?=,? \d)", "may_month", unicodedata.normalize("NFKC", text))
@@ -575,14 +604,14 @@ def _plain(text: str) -> str:
     text = re.sub(r"[\u2018\u2019\u02bc`]", "'", re.sub(r"[\u2010-\u2015\u2212]", "-", text))
     text = re.sub(r"\b(?:approx|ca|avg|incl)\.|~|\u2248", " about ", text)
     text = re.sub(r"\bvs\.", "vs", re.sub(r"\bp\.\s?p\.", "pp", re.sub(r"\b(?:e\.g|i\.e)\.", " ", text)))
-    text = re.sub(r"\([^()]*(?:\bci\b|confidence|\bp\s*[<=>]|\bn\s*=)[^()]*\)", " ", text)
-    text = re.sub(r",?\s*\b(?:p|n)\s*[<>=\u2264\u2265]+\s*[\d.,e-]*\d|(?:\u00b1|\+/-)\s*[\d.]+", " ", text)
+    text = _HIGH_P.sub(" p ", text)
+    text = _ASIDE.sub(" ", text)
     text = re.sub(r"\b\d+(?:\.\d+)?e[+-]?\d+\b", lambda found: f"{float(found[0]):.20f}".rstrip("0"), text)
     text = re.sub(r"n't\b", " n't", text.replace("cannot", "can not"))
     text = re.sub(r"'s\b|'(?=[\s,.;:!?)]|$)|(?<=[\s(=])'|[*#\u201c\u201d\"\u2026]", " ", text)
     return re.sub(r"[^\S\n]+", " ", text)
 
-
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d02
 def _sentences(text: str) -> list[str]:
     """Sentences of plain text; questions are left out."""
     parts = (p.strip(" -\u2022") for p in re.split(r"(?<=[.!?])(?=\s|$)|[\n;]", text))
@@ -690,16 +719,17 @@ def _lexicon(schema: Schema) -> _Lexicon:
         for word in {short, long, short + "."} | ({"sept"} if i == 9 else set()):
             _add(phrases, word, "month", str(i))
     units = {u.casefold(): u for u in schema.units.values() if u} | {k.casefold(): v for k, v in _MONEY.items()}
-    names = "|".join(re.escape(u) + r"s?\b" for u in sorted(units, key=len, reverse=True) if u[0].isalpha())
+    names = "|".join(re.escape(u) + r"s?\b(?! total)" for u in sorted(units, key=len, reverse=True) if u[0].isalpha())
     unit = rf"(?:[\s-]?(?P<unit>{_UNITS}{'|' + names if names else ''}))?"
     spell = "|".join(re.escape(w).replace(r"\ ", "[ _-]") for w in sorted(phrases, key=len, reverse=True))
     worded = "|".join(sorted((*_WORDS, *_PARTS, *_TIMES), key=len, reverse=True))
+    worded = worded.replace("|one|", r"|one(?= (?:day|week|point|percent))|")  # else it is a pronoun
     day = rf"(?:{_DATE}|{_YEAR})"
     regex = re.compile(
         rf"(?P<range>(?:(?:from|between|over|during) )?{day}(?: ?(?:to|and|until|through|till|-) ?){day})|"
         rf"(?P<date>{_DATE})|"
         rf"\bmonths? (?:number )?(?P<month>1[0-2]|[1-9])\b|\br\s*(?:=|of|is)\s*(?P<r>[+-]?[\d.]*\d)|"
-        rf"(?:\bfrom (?:about )?(?P<a>{_DIGITS})\s?%? to (?:about )?|\bbetween (?P<lo>{_DIGITS})\s?%? and |"
+        rf"(?:\bfrom (?:about )?(?P<a>{_DIGITS})(?:\s?%| [a-z]+)? to (?:about )?|\bbetween (?P<lo>{_DIGITS})\s?%? and |"
         rf"(?P<low>{_DIGITS}) ?(?:to|-) ?)?(?:(?<![\w.])(?P<words>{worded})\b|(?<![\w.])(?P<number>{_DIGITS})){unit}|"
         rf"(?<![\w.])(?P<phrase>{spell})(?!\w)")
     return _Lexicon(regex, phrases, units)
@@ -749,7 +779,8 @@ def _scan(text: str, lexicon: _Lexicon) -> list[_Mark]:
             tags, load = {"year"}, found["number"]
         elif group == "number":
             tag, load = _number(found, lexicon.units)
-            tags = {tag}
+            torn = re.search(r"\d[.,]$", lead) or re.match(r"[.,]\d", text[found.end("number"):])  # "4,5"
+            tags, load = {tag}, (math.nan, None, False) if torn and found["number"] else load
         elif group == "range":
             tags, load = {"range", "trend"}, re.findall(rf"{_DATE}|{_YEAR}", found[0])
         elif group == "phrase":
@@ -760,7 +791,7 @@ def _scan(text: str, lexicon: _Lexicon) -> list[_Mark]:
         marks.append(_Mark(found.start(), found.end(), frozenset(tags), load, lead))
     return marks
 
-
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d03
 def _other(found: re.Match[str]) -> tuple[set[str], Any]:
     """Tags and meaning of a correlation, a date or a month."""
     if found["r"]:
@@ -848,10 +879,11 @@ def _direction(words: _Words, skip: Sequence[int] = (), paired: bool = False) ->
     signs = [1 if "up" in m.tags else -1 for i, m in enumerate(marks) if m.tags & {"up", "down"} and i not in skip]
     negs = words.at("neg")
     for k in [k for k in negs if 0 < k < len(marks) - 1 and marks[k + 1].tags & {"up", "down"} and k + 1 not in skip]:
-        aside = re.search(r"(?:,|\band) $", marks[k].lead) or "rather" in words.text[marks[k].start:marks[k].end]
-        if len(signs) > 1 and aside:
+        if len(signs) > 1 and re.search(r"(?:,|\band) $", marks[k].lead):
             signs.remove(1 if "up" in marks[k + 1].tags else -1)
             negs.remove(k)
+    if not all(_reaches(words, k) for k in negs):
+        raise _Unsure
     odd = len(negs) % 2 == 1
     if ("insignificant" in words.tags and odd) or "zero" in words.tags:
         if signs and "zero" in words.tags:
@@ -865,35 +897,89 @@ def _direction(words: _Words, skip: Sequence[int] = (), paired: bool = False) ->
         return (-signs[0] if odd else signs[0]), odd
     return (0 if odd else None), False
 
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d04
+def _reaches(words: _Words, k: int) -> bool:
+    """Whether a negation denies what the clause says: a word of direction, kind or existence comes next."""
+    if "whole" in words.marks[k].tags:
+        return True
+    for mark, then in pairwise(words.marks[k:]):
+        if re.search(_UNPROVED, words.text[mark.end:then.start]):
+            return False
+        if not then.tags <= _NAMES:
+            return bool(then.tags & _DENIABLE or (then.tags & {"lead", "follow"} and len(words.metrics) > 1))
+    return False
+
+
+_NAMES = frozenset(("column", "table", "value", "pron", "fill"))
+_UNPROVED = r",|\b(?:to|find|found|show\w*|see|seen|observ\w+|confirm\w*|indicat\w+|reveal\w*|demonstrat\w+)\b"
+_DENIABLE = frozenset("up down differ vary zero corr acts season orphan duplicate missing anomaly spread share trend "
+                      "slope still within insignificant".split())
+
 
 _BOUNDED = (r"\b(?:more|less|fewer|higher|lower|greater|larger|smaller) than (?:an? )?$|"
             r"\b(?:at least|at most|over|under|up to|above|below|beyond|exceed\w*|beneath|past) (?:an? )?$")
 _VERSUS = r"\b(?:(?:than|against|vs|versus|compared (?:with|to)|instead of|relative to)\b[^,\d]*|from (?:about )?)$"
+_ABOUT = r"(?:(?:about|around|roughly|some|an?|approximately|nearly|almost|exactly|only|just|a total of) )*"
+_BY, _IS, _THAN = rf"\bby {_ABOUT}$", rf"(?:\bis |\bwas |: ?|= ?){_ABOUT}$", r"\bthan (?:about )?$"
+_OF = rf" (?:(?:of|is|was|by|coefficient of) )?{_ABOUT}"
+_RATE = r" (?:an?|per|each|every) (?!unit)| (?:yearly|annually|monthly|level)"
+_FROM = r"\b(?:based on|across|from|using|out of|of|among) (?:all |the |a total of )*$"
+_LEVEL = (rf"\b(?:from|to|at|reach\w*|averag\w*|means?|median|level|value)\b(?: of| is| was)? {_ABOUT}$|"
+          rf"\b(?:is|are|was|were) {_ABOUT}$|\b(?:mean|average|median|highest|lowest)\b[^,()]*\($")
+_NOUN = frozenset(("half", "full", "slope", "corr", "differ", "change", "step", "spread"))
 
 # %% ../../nbs/ddr/02_checklist.ipynb #1c27c21d
+def _role(words: _Words, i: int) -> str:
+    """What a number is: "effect", "level", "count", or "" if that takes a guess."""
+    mark, text = words.marks[i], words.text
+    before, after = words.marks[:i][-1:], words.marks[i + 1:i + 2]
+    gap = text[before[0].end:mark.start] if before else text[:mark.start]
+    tail = text[mark.end:after[0].start] if after else text[mark.end:]
+    follows = after[0].tags if after else frozenset()
+    if re.match(_RATE, text[mark.end:]):
+        return ""
+    if re.search(_BY, mark.lead) or (follows & {"up", "down", "differ"} and re.fullmatch(" (?:points? )?", tail)):
+        return "effect"
+    if re.search(_THAN, mark.lead):
+        return ""
+    if before and before[0].tags & {"up", "down", *_NOUN} and re.fullmatch(_OF, gap):
+        extreme = re.search(r"\bhighest|\blowest|\bmost", text[before[0].start:before[0].end])
+        return "level" if extreme else "effect"
+    noun = any(m.tags & _NOUN and not m.tags & {"up", "down"} for m in words.marks[:i])
+    if (mark.load[2] and not re.search(r"averag|mean|median", gap)) or (noun and re.search(_IS, mark.lead)):
+        return "effect"
+    if re.match("year|month|day", mark.load[1] or "") and _ALL_YEARS.search(mark.lead):
+        return "count"
+    if re.search(_FROM, mark.lead) and (re.match(r" (?:rows|records|entries|observations)\b", tail) or (
+            tail == " " and follows & {"table", "column"})):
+        return "count"
+    if before and "usual" in before[0].tags and re.fullmatch(r" (?:of )?", gap):
+        return "level"
+    if re.search(_LEVEL, mark.lead) or re.match(r" on average| on the average", tail):
+        return "level"
+    return "level" if before and before[0].tags & {"value", "rest"} and gap == " (" and after else ""
+
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d11
 def _value(words: _Words, skip: Sequence[int] = (), pair: str = "") -> tuple[float | None, str | None, bool]:
-    """The number that a clause states with its unit: `by` before all, levels after `to` left out, bounds refused."""
+    """The effect that a clause states, with its unit: levels and sizes of samples are left out, bounds refused."""
     found = [(i, m) for i, m in enumerate(words.marks) if "number" in m.tags and i not in skip]
     if any(math.isnan(m.load[0]) for _, m in found):
         raise _Unsure
-    levels = [i for i, m in found if re.search(r"\b(?:to|reach\w*|averag\w*|mean of|means? is) (?:about )?$", m.lead)]
+    role = {i: _role(words, i) for i, _ in found}
+    found = [(i, m) for i, m in found if role[i] != "count"]
     versus = [i for i, m in found if re.search(_VERSUS, m.lead)
-              and not re.search(r"\bby (?:about )?$", m.lead) and not re.search(_BOUNDED, m.lead)]
+              and not re.search(_BY, m.lead) and not re.search(_BOUNDED, m.lead)]
     if pair and len(found) == 2 and versus == [found[1][0]] and found[0][1].load[1] == found[1][1].load[1]:
-        first, (a, unit, _), (b, _, _) = found[0][1], found[0][1].load, found[1][1].load
-        around = first.lead[-12:] + words.text[first.end:first.end + 8]
-        if not re.search(r"\bby (?:about )?$|more|extra|higher|lower", around):
+        (a, unit, _), (b, _, _) = (m.load for _, m in found)
+        if role[found[0][0]] != "effect":
             return (a - b, unit, True) if pair == "-" else (a / b if b else math.nan, "ratio", True)
-    left = [(i, m) for i, m in found if i not in levels and i not in versus]
-    near = r"\bby (?:about |around |roughly |some |an? |approximately |nearly )*$"
-    left = [(i, m) for i, m in left if re.search(near, m.lead)] or left
-    if len({m.load[:2] for _, m in left}) > 1:
+    left = [(i, m) for i, m in found if role[i] != "level" and i not in versus]
+    if not all(role[i] for i, _ in found):
         raise _Unsure
-    if not left:
-        return None, None, False
-    if re.search(_BOUNDED, left[0][1].lead):
+    left = [(i, m) for i, m in left if re.search(_BY, m.lead)] or left
+    if len({m.load[:2] for _, m in left}) > 1 or any(re.search(_BOUNDED, m.lead) for _, m in left):
         raise _Unsure
-    return left[0][1].load
+    return left[0][1].load if left else (None, None, False)
 
 # %% ../../nbs/ddr/02_checklist.ipynb #120af360
 _PUSHES = r"^ (?:rais|lift|reduc|lower|increas|decreas)(?:es?|s|ed) (?:the |an? )?$"
@@ -933,14 +1019,25 @@ def _paired(words: _Words) -> bool:
 
 # %% ../../nbs/ddr/02_checklist.ipynb #2b4ff5b6
 def _read_lag(words: _Words) -> dict[str, Any]:
+    """One column ahead of another by days; without a word on how both move the sign is open."""
     y, x, _, _ = _two(words)
     sign, denied = _direction(words, paired=True)
-    value, unit, _ = _value(words)
-    days = value if unit == "days" or (value is not None and unit is None and value == int(value)) else None
-    return {"kind": "lag", "metric": y, "other": x, "direction": 1 if sign is None else sign, "denied": denied,
-            "value": days, "unit": None if days is None else "days"}
+    if sign and len(words.at("up", "down")) == 1 and not re.search(r"\bwith (?:it|them)\b", words.text):
+        sign = None
+    found = [m for m in words.marks if "number" in m.tags and "r" not in m.tags]
+    plain = all(m.load[1] == "days" and not math.isnan(m.load[0]) and (
+        re.search(_DELAY, m.lead) or re.match(_LATER, words.text[m.end:])) for m in found)
+    days = {m.load[0] for m in found}
+    if not plain or len(days) > 1:
+        raise _Unsure
+    return {"kind": "lag", "metric": y, "other": x, "direction": sign, "denied": denied,
+            "value": next(iter(days), None), "unit": "days" if days else None}
 
 
+_DELAY = rf"\b(?:by|(?:delay|lag|lead) of|after|within) {_ABOUT}$"
+_LATER = r" ?(?:later|after|before|earlier|ahead|behind|in advance|delay|lag)\b"
+
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d07
 def _loud(words: _Words) -> list[int]:
     """Places of comparatives that may open a gate: exceeds, more than, less than."""
     return [i for i in words.at("compare") if re.search(
@@ -988,23 +1085,41 @@ def _read_two(words: _Words, segments: Sequence[tuple[int, str, str]]) -> dict[s
     value, unit, signed = _value(words)
     out = {"metric": y, "other": x, "direction": sign, "denied": denied}
     if segments:
-        if not T & {"only", "slope"} or len({s[1:] for s in segments}) > 1:
+        if not T & {"only", "slope"} or "neg" in T or len({s[1:] for s in segments}) > 1:
             raise _Unsure
+        if value is not None and T & {"corr", "r"}:
+            raise _Unsure  # a correlation is no slope
         _, by, segment = segments[0]
         return {**out, "kind": "interaction", "by": by, "segment": segment, "given": by, "value": value, "unit": unit,
                 "signed": signed}
-    if not T & {"corr", "up", "down", "acts", "zero", "r"} or "only" in T or unit == "days":
+    if not T & {"corr", "up", "down", "acts", "zero", "r"} or "only" in T or not _together(words):
+        raise _Unsure
+    if value is not None and not {"corr", "slope"} & T:
         raise _Unsure
     fits = value is not None and abs(value) <= 1 and unit in (None, "ratio") and "slope" not in T and "corr" in T
     return {**out, "kind": "correlation", "value": value if fits else None, "unit": "ratio" if fits else None,
             "signed": signed and fits}
 
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d05
+def _together(words: _Words) -> bool:
+    """Whether a clause says that two columns go together, and does not merely name both."""
+    first, last = (words.marks[words.numeric[i][0]] for i in (0, -1))
+    return bool(words.tags & {"corr", "acts", "as", "r"} or re.search(r"\b(?:with|then)\b", words.text)
+                or words.at("up", "down")[1:] or re.search(_PUSHES, words.text[first.end:last.start]))
+
 
 def _ratio_of(words: _Words) -> tuple[float | None, str | None]:
-    """A stated share; counts beside it or in its place are no shares."""
-    counts = [i for i in words.at("number") if words.marks[i].load[1] is None and words.marks[i].load[0] > 1]
-    value, unit, _ = _value(words, counts)
-    return value, unit
+    """A stated share; a count beside it is no share, and alone it says too little."""
+    numbers = [m for m in words.marks if "number" in m.tags]
+    shares = [m for m in numbers if m.load[1] in ("percent", "percentage_points")
+              or (m.load[1] in (None, "ratio") and not m.load[0] > 1)]
+    if (numbers and not shares) or any(re.search(_BOUNDED, m.lead) for m in numbers):
+        raise _Unsure
+    told = [m for m in shares if not re.search(_VERSUS, m.lead)]
+    relative = any(re.match(r" (?:more|less|fewer|higher|lower)\b", words.text[m.end:]) for m in told)
+    if relative or len({m.load[:2] for m in told}) > 1:
+        raise _Unsure
+    return told[0].load[:2] if told else (None, None)
 
 # %% ../../nbs/ddr/02_checklist.ipynb #118c50f1
 def _read_keys(words: _Words) -> dict[str, Any]:
@@ -1040,13 +1155,15 @@ def _read_day(words: _Words) -> dict[str, Any]:
     named = [c for _, c in words.columns if kinds[c].startswith(("DATE", "TIMESTAMP"))]
     tables = list(dict.fromkeys([c.partition(".")[0] for c in named] or words.tables))
     days = {m.load for m in words.marks if "date" in m.tags}
-    if len(tables) != 1 or len(days) != 1:
+    if len(tables) != 1 or len(days) != 1 or "value" in words.tags:
         raise _Unsure
     metric = named[0] if named else f"{tables[0]}.{date_column(words.schema, tables[0])}"
     sign, denied = _direction(words)
     value, unit, _ = _value(words, pair="-")
     T = words.tags
-    if "usual" in T and not T & {"anomaly", "up", "down", "than"}:
+    if "times" in T:
+        sign = sign if sign is not None else 1 if max(m[0] for m in words.load("times")) > 1 else -1
+    elif "usual" in T and not T & {"anomaly", "up", "down", "than"}:
         if sign == 0:
             raise _Unsure
         sign = 0
@@ -1057,17 +1174,32 @@ def _read_day(words: _Words) -> dict[str, Any]:
     return {"kind": "anomaly_day", "metric": metric, "direction": sign, "denied": denied, "period": days.pop(),
             "value": value, "unit": None if value is None else unit or "count"}
 
-
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d06
 def _read_share(words: _Words, kind: str, y: str, by: str, segment: str) -> dict[str, Any]:
-    """A share of nulls or of the total in one segment: the first number is the one that is meant."""
+    """A share of nulls or of the total in one segment; a share of the total without a number must be called large."""
+    T, text = words.tags, words.text
+    if T & {"change", "step", "within", "corr", "acts"}:
+        raise _Unsure
+    value, unit = _ratio_of(words)
     if kind == "missing_not_at_random":
+        parents = "|".join(f for t in words.schema.tables if t != y.partition(".")[0] for f in _forms(t))
+        if re.search(_INVERSE, text) or re.search(rf"\d ?% of (?:the |all )?(?:[\w-]+ )?(?:{parents})\b", text):
+            raise _Unsure
         sign, denied = _direction(words)
         sign = 1 if sign is None else sign
     else:
+        if not re.search(_SHARE, text) or (value is None and not re.search(_LARGE, text)):
+            raise _Unsure
         sign, denied = _direction(words, words.at("up", "down"))
-    value, unit = _ratio_of(words)
     return {"kind": kind, "metric": y, "by": by, "segment": segment, "direction": sign, "denied": denied,
             "value": value, "unit": unit}
+
+
+_SHARE = (r"\b(?:shares?|fraction|account\w*|ma[kd]es? up|contribut\w+|brings? in|holds?|generates?|dominates|"
+          r"comes? from|of (?:the |all )|of total)\b")
+_LARGE = r"\b(?:much|remarkable|large|largest|highest|biggest|greatest|smallest|dominates|most|concentrated)\b"
+_INVERSE = (r"(?<!share )(?<!fraction )(?<!percentage )(?<!proportion )(?<!rate )(?<!number )"
+            r"\bof (?:the |all |all the )?(?:missing|null|empty|blank|absent|unrecorded)\b")
 
 # %% ../../nbs/ddr/02_checklist.ipynb #c61fa927
 def _read_spread(words: _Words, y: str, by: str, segment: str) -> dict[str, Any]:
@@ -1106,42 +1238,71 @@ def _read_cycle(words: _Words, y: str, by: str | None, segment: str | None) -> d
         period = str(*set(name.values()))
     zero, _ = _direction(words, words.at("up", "down"))
     value, unit, _ = _value(words)
+    if words.tags & {"rest", "than"}:
+        raise _Unsure
     if value is not None and "full" in words.tags:
         value /= 2
     return {"kind": "seasonality", "metric": y, "by": by, "segment": segment, "direction": zero,
             "period": None if zero == 0 else period, "value": value, "unit": unit}
 
 # %% ../../nbs/ddr/02_checklist.ipynb #d0b8d0b8
-_PLAIN = frozenset("""the all every whole entire each total general sum average time end data dataset database table
-tables file company period years course span customers orders a an about this that these addition
-contrast fact particular most both three two our its their it them roughly around approximately
-some nearly order other day days year months month view magnitude size""".split())
-_STAMP = r"\d{4}-\d\d-\d\d"
+_FREE = frozenset("""
+a an the this that these those there here it its their they them we i our us you your who which whose what where is
+are was were be been being has have had having does do did done of in on at by for from to with into onto over
+across among amongst between during via then so thus hence therefore also too moreover furthermore additionally
+besides namely well about around roughly approximately nearly almost exactly clearly consistently notably
+substantially considerably markedly sharply strongly slightly somewhat moderately weakly visibly obviously evidently
+highly very quite much even far generally directly statistically particularly especially interestingly remarkably
+persistently permanently lastingly strikingly noticeably strong weak clear marked sharp substantial considerable
+notable modest slight moderate pronounced striking pattern persistent lasting permanent strength overall all whole
+entire full complete both data dataset database table tables record records entry entries value values number
+numbers rows row field file column columns order average averages averaged averaging mean means level levels
+observed group groups kind type period size magnitude amount day daily finding findings insight result results key
+main fact analysis note addition company show shows showed shown indicate indicates reveal reveals find finds found
+observe see seen exhibit exhibits display displays demonstrate demonstrates confirms exist exists occur occurs
+occurred happen happened tend tends tended experience experienced give gives gave get gets got make made place
+placed go goes went going along match matches matching associate reference references referencing refer refers
+referring point points lie lies set same coefficient coefficients pearson rate rates unit units vs such itself own
+kept stand stands basis effect volume based using stay stays stayed remain remains remained sign signs remarkable
+patterns trend
+""".split())
 
 
-def _elsewhere(words: _Words) -> bool:
-    """Whether a clause names a place or group that the schema does not know."""
-    lo, hi = (words.marks[0].start, words.marks[-1].end + 25) if words.marks else (0, 0)
-    found = re.finditer(r"\b(?:in|for|among|at|within|inside|with)\s+(?:(?:the|all|our)\s+)?([a-z][\w-]*)", words.text)
-    return any(m.start(1) not in words.covered and m[1] not in _PLAIN and lo - 30 <= m.start(1) <= hi for m in found)
+def _strange(text: str, marks: Sequence[_Mark], start: int, end: int) -> bool:
+    """Whether a stretch of text holds a word or sign that is neither in the lexicon nor free of meaning here."""
+    edges = [start, *(p for m in marks if start <= m.start < end for p in (m.start, m.end)), end]
+    gaps = (text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+    words = re.findall(r"[^\W\d_]+|[<>\u2264\u2265|&/]", " ".join(re.sub(r"\bsome $|'s\b", "", gap) for gap in gaps))
+    return not _FREE.issuperset(words)
 
-
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d12
 def _read_one(words: _Words, y: str, by: str | None, segment: str | None) -> dict[str, Any]:
     """A claim about one column, in one segment or in the whole table."""
     T = words.tags
     if by and segment and "missing" in T:
         return _read_share(words, "missing_not_at_random", y, by, segment)
+    spans = [m.lead for m in words.marks if "span" in m.tags]
+    if T & {"orphan", "duplicate"} or {c for _, c in words.grouping} - {y, by} \
+            or not all(map(_ALL_YEARS.search, spans)):
+        raise _Unsure
     if "season" in T or (T & {"peak", "trough", "up", "down", "half"} and "month" in T):
         return _read_cycle(words, y, by, segment)
     if by and segment and "spread" in T:
         return _read_spread(words, y, by, segment)
     if by and segment and "share" in T:
         return _read_share(words, "top_share", y, by, segment)
-    if T & {"missing", "spread", "peak", "trough", "within", "cut", "slope", "corr", "anomaly", "times"}:
+    if any(m.tags & {"peak", "trough"} and "compare" not in m.tags for m in words.marks):
         raise _Unsure
-    if by is None and (words.grouping or T & {"rest", "value"} or _elsewhere(words)):
+    if T & _OTHER:
+        raise _Unsure
+    if by is None and (words.grouping or T & {"rest", "value"}):
         raise _Unsure
     return {**_read_level(words, by is not None), "metric": y, "by": by, "segment": segment}
+
+
+_OTHER = frozenset("missing spread within cut slope corr acts anomaly times usual share only".split())
+_ALL_YEARS = re.compile(r"\bover $|\b(?:over|across|during|throughout|in|within|for|of) "
+                        r"(?:the |all |all the |these |those )(?:whole |entire |full |last |past )?$")
 
 # %% ../../nbs/ddr/02_checklist.ipynb #16c2bd6b
 def _read_level(words: _Words, grouped: bool) -> dict[str, Any]:
@@ -1149,9 +1310,10 @@ def _read_level(words: _Words, grouped: bool) -> dict[str, Any]:
     T, days = words.tags, {m.load for m in words.marks if "date" in m.tags}
     moving = T & {"step", "trend", "change", "vary", "still"}
     kind = "level_shift" if days or ("step" in T and "trend" not in T) else "trend" if moving else "group_difference"
-    compared = (T & {"rest", "than"} and "than at the" not in words.text) or (
+    compared = (T & {"rest", "than"} and not re.search(r"\bthan (?:at the|before|earlier)\b", words.text)) or (
         {"change", "compare"} <= T and "trend" not in T)
-    if len(days) > 1 or (kind == "trend" and compared):
+    counted = re.search(r"\b(?:number|sum|count)s? of\b", words.text)
+    if len(days) > 1 or (kind != "group_difference" and compared) or counted:
         raise _Unsure
     if {"vary", "compare"} <= T and not T & {"change", "step", "trend", "date"}:
         raise _Unsure
@@ -1165,11 +1327,11 @@ def _read_level(words: _Words, grouped: bool) -> dict[str, Any]:
             raise _Unsure
         sign = -sign if sign else sign
     span: list[str] = next((m.load for m in words.marks if "range" in m.tags), [])
-    whole = kind == "trend" and len(span) == 2 and all(re.fullmatch(_STAMP, d) for d in span)
+    whole = kind == "trend" and len(span) == 2 and all(re.fullmatch(r"\d{4}-\d\d-\d\d", d) for d in span)
     return {"kind": kind, "direction": sign, "denied": denied, "value": value, "unit": unit, "signed": signed,
             "period": days.pop() if days else "/".join(span) if whole else None}
 
-
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d08
 def _sides(words: _Words) -> tuple[list[list[_Mark]], list[str]]:
     """Parts of a sentence, and whether each speaks of the strata ("in") or of the whole ("out")."""
     commas = {i for i in range(1, len(words.marks))
@@ -1238,6 +1400,8 @@ def _clause(words: _Words, last: Mapping[str, Any] | None, joint: bool) -> list[
         raise _Unsure
     widest = max((c.partition(".")[0] for c in metrics), key=lambda t: len(_above(words.schema, t)))
     segments = _segments(words, widest)
+    if {i for i in words.at("value") if not words.marks[i].tags & {"table", "column"}} - {i for i, _, _ in segments}:
+        raise _Unsure  # a category that these columns do not have
     if len(metrics) == 2 and not _listed(words, [i for i, _ in words.numeric[:2]]):
         return [_pair(words, segments)]
     if len(metrics) > 2:
@@ -1257,7 +1421,7 @@ def _inherited(words: _Words, last: Mapping[str, Any], joint: bool, opens: bool)
     segments = _segments(words, last["metric"].partition(".")[0]) if named else same
     read = _each(words, [last["metric"]], segments)
     for r in read if joint else ():
-        if r["kind"] == "group_difference" and last["kind"] in ("level_shift", "trend"):
+        if (r["kind"] == "group_difference" or r.get("denied")) and last["kind"] in ("level_shift", "trend"):
             r.update(kind=last["kind"], period=last.get("period"))
         elif r["kind"] == "group_difference" and last["kind"] in _SHARED:
             raise _Unsure
@@ -1279,13 +1443,15 @@ def _listed(words: _Words, places: Sequence[int]) -> bool:
     """Whether marks are listed side by side ("a, b and c") and say something that each can be said of alone."""
     gaps = [words.text[words.marks[a].end:words.marks[b].start] for a, b in pairwise(places)]
     alone = not words.tags & {"corr", "acts", "lead", "follow", "delay", "cut", "slope"}
-    return alone and all(re.fullmatch(r"(?:,| |and|in|the|of|both|for)*", gap) for gap in gaps)
+    side = r"(?=.*(?:,|and))(?:,| |and|in|the|of|both|for)*"
+    return alone and all(re.fullmatch(side, gap) for gap in gaps)
 
 # %% ../../nbs/ddr/02_checklist.ipynb #9b73920d
 def _each(words: _Words, metrics: Sequence[str], segments: Sequence[tuple[int, str, str]]) -> list[dict[str, Any]]:
     """The same statement for every column and segment that is listed."""
     places = list(dict.fromkeys((by, value) for _, by, value in segments))
-    if len(places) > 1 and (len({by for by, _ in places}) > 1 or not _listed(words, [i for i, _, _ in segments])):
+    if len(places) > 1 and ("between" in words.text or len({by for by, _ in places}) > 1
+                            or not _listed(words, [i for i, _, _ in segments])):
         raise _Unsure
     where: Sequence[tuple[str | None, str | None]] = places or [(None, None)]
     return [_read_one(words, y, by, segment) for y in metrics for by, segment in where]
@@ -1320,8 +1486,10 @@ def _split(words: _Words) -> list[list[list[_Mark]]]:
         part, last, group = words.marks[a:b], 0, []
         for k in range(1, len(part)):
             joined = "," in words.text[part[k - 1].end:part[k].start] or "and" in part[k].tags
-            left, right = (set().union(*(m.tags for m in side)) if side else set() for side in (part[last:k], part[k:]))
-            if joined and left & _SAYS and right & _SAYS and not left & _OPENS \
+            left, right = (set().union(*(m.tags for m in side if "r" not in m.tags))
+                           for side in (part[last:k], part[k:]))
+            idle = not (a or last) and words.numeric and words.numeric[0][0] >= k  # no column yet
+            if joined and not idle and left & _SAYS and right & _SAYS and not left & _OPENS \
                     and not re.match(r"(?:with|without|given|because|since)\b", words.text[:8]) \
                     and not (left & {"high", "low"} and not left & (_SAYS - {"high", "low", "zero"})):
                 group.append(part[last:k])
@@ -1331,36 +1499,79 @@ def _split(words: _Words) -> list[list[list[_Mark]]]:
 
 # %% ../../nbs/ddr/02_checklist.ipynb #8fb93ef8
 _EXCEPT = re.compile(r"(?:\b(?:except|excepting|excluding|apart from|aside from|other than|outside|save for|"
-                     r"with the exception of)|(?:(?<=,)|(?<=\bbut)|(?<=\band)) not (?:in|for|among|at))\b"
-                     r"(?:(?!\b(?:and|but|while)\b)[^,:.])*")
+                     r"with the exception of|(?:every\w*|all|any\w*|all \w+|every \w+) but)|"
+                     r"(?:(?<=,)|(?<=\bbut)|(?<=\band)) not (?:in|for|among|at))\b(?:(?!\b(?:and|but|while)\b)[^,:.])*")
+_NOT_THAT = re.compile(r",? (?:and |but )?(?:not|rather than) (?:in |on |by |after |about )?(?:the )?"
+                       rf"(?:[\d.,]*\d|{'|'.join(_WORDS)}|{_MON})"
+                       r"(?P<unit> ?%| (?:days?|weeks?)\b| [a-z]{3}\b(?=[.,]|$))?(?: of the rows)?(?!\w)")
+_BARE = re.compile(rf"(?:\d|\b(?:{'|'.join(_WORDS)})) ?$")
+_DENIED = re.compile(r"^(?:but |and |however,? )?"
+                     r"(?:it|this|that|these|which|the (?:claim|idea|finding|result|view))\b.*\b"
+                     r"(?:refuted|disproved|rejected|debunked|retracted|myth|false|wrong|untrue|not true|not hold)\b")
 
 
+def _kept(text: str, lexicon: _Lexicon) -> tuple[str, set[str]]:
+    """A sentence without its exceptions and "not 6", and the columns whose categories are excepted."""
+    text = _NOT_THAT.sub(lambda found: found["unit"] or "" if _BARE.search(text[:found.start()]) else " ", text)
+    kept = _EXCEPT.sub(" ", text)
+    if kept == text:
+        return text, set()
+    marks = [m for found in _EXCEPT.finditer(text) for m in _scan(found[0], lexicon)]
+    return kept, {load[0] for m in marks for _, load in _loads(m, "value")} or {""}
+
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d13
+def _dated(tags: set[str], kind: str) -> bool:
+    """Whether a clause speaks of a part of the time, which claims of this kind cannot say."""
+    allowed = {"level_shift": {"date", "range"}, "anomaly_day": {"date"}, "trend": {"range"}, "seasonality": {"month"}}
+    return bool(tags & {"date", "range", "year", "month"} - allowed.get(kind, set()))
+
+
+def _checked(read: list[dict[str, Any]], found: list[dict[str, Any]], tags: set[str]) -> list[dict[str, Any]]:
+    """Refuse what holds for a part of the time, and "no difference" after a difference."""
+    clash = any(r["direction"] == 0 != (old["direction"] or 0) and all(r.get(key) == old.get(key) for key in _SAME)
+                for r in read for old in found)
+    if clash or any(_dated(tags, r["kind"]) for r in read):
+        raise _Unsure
+    return read
+
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d09
 def _sentence(text: str, lexicon: _Lexicon, schema: Schema, last: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Claims of one sentence, each as the fields of a claim and whether it denies another."""
-    kept = _EXCEPT.sub(" ", text)
+    kept, left_out = _kept(text, lexicon)
     try:
         whole = _Words(_scan(kept, lexicon), schema, kept)
         if whole.tags & {"within"} or ("reverse" in whole.tags and "overall" in whole.tags):
-            return [_read_simpson(whole)]
+            strange = left_out or _strange(kept, whole.marks, 0, len(kept)) or _dated(whole.tags, "simpson")
+            return [] if strange else [{**_read_simpson(whole), "text": text}]
     except _Unsure:
         return []
-    found: list[dict[str, Any]] = []
     opening = [m for m in whole.marks[:min((i for i, _ in whole.numeric), default=0)] if "value" in m.tags]
-    for c, groups in enumerate(_split(whole)):
-        if any(m.tags & {"hedge"} for part in groups for m in part):
+    parts = [(g, part) for g, groups in enumerate(_split(whole)) for part in groups]
+    found: list[dict[str, Any]] = []
+    dead: set[Any] = set()
+    for k, (g, part) in enumerate(parts):
+        words = _Words(part, schema, kept, whole.marks)
+        lo = parts[k - 1][1][-1].end if k else 0
+        hi = parts[k + 1][1][0].start if k + 1 < len(parts) else len(kept)
+        strange = "hedge" in words.tags or _strange(kept, part, lo, hi)
+        if strange and words.metrics:
+            dead |= {g, *words.metrics}
             continue
-        for k, part in enumerate(groups):
-            words = _Words(part, schema, kept, whole.marks)
-            if (c or k) and words.metrics and not any("value" in m.tags for m in part) and opening:
+        try:
+            if strange:
+                raise _Unsure
+            if k and words.metrics and not any("value" in m.tags for m in part) and opening:
                 words = _Words([*opening, *part], schema, kept, whole.marks)
-            try:
-                read = _clause(words, found[-1] if found else last, bool(c or k))
-            except _Unsure:
-                continue
-            for old in found:
-                if old.get("denied") and not old.get("by") and not words.metrics and read[0]["metric"] == old["metric"]:
-                    old.update(by=read[0].get("by"), segment=read[0].get("segment"))
-            found += [r for r in read if kept == text or r.get("by") is not None]
+            read = _checked(_clause(words, found[-1] if found else last, bool(k)), found, words.tags)
+        except _Unsure:
+            if not words.metrics:
+                return []
+            continue
+        for old in found:
+            if old.get("denied") and not old.get("by") and not words.metrics and read[0]["metric"] == old["metric"]:
+                old.update(by=read[0].get("by"), segment=read[0].get("segment"))
+        found += [{**r, "group": g} for r in read]
+    found = [r for r in found if left_out <= {r.get("by")} and not dead & {r.pop("group"), r["metric"], r.get("other")}]
     return [{**r, "text": text} for r in found]
 
 # %% ../../nbs/ddr/02_checklist.ipynb #5e75f2a3
@@ -1375,8 +1586,8 @@ def _finished(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise _Unsure
         if out["direction"]:
             out["value"] = out["direction"] * abs(out["value"])
-    if out["direction"] == 0:
-        out["value"], out["unit"] = None, None
+    if out["direction"] == 0 and out["value"] is not None:
+        raise _Unsure
     return out
 
 
@@ -1406,16 +1617,22 @@ def _merged(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             out.append(dict(new))
     return out
 
-
+# %% ../../nbs/ddr/02_checklist.ipynb #5f0a3d10
 def _parse(text: str, schema: Schema) -> list["Claim"]:
     lexicon = _lexicon_of(schema)
     found: list[dict[str, Any]] = []
+    fresh = 0
     for sentence in _sentences(_plain(text)):
-        for fields in _sentence(sentence, lexicon, schema, found[-1] if found else None):
+        if _DENIED.search(sentence):
+            del found[len(found) - fresh:]  # what the sentence before said is taken back
+        read = _sentence(sentence, lexicon, schema, found[-1] if found else None)
+        before = len(found)
+        for fields in read:
             try:
                 found.append(_finished(fields))
             except _Unsure:
                 continue
+        fresh = len(found) - before
     out = []
     for fields in _merged(found):
         names = [fields[k] for k in ("metric", "by", "given", "other") if fields[k]]
@@ -1443,12 +1660,12 @@ class LeakError(RuntimeError):
 def _check_item(self: "ChecklistItem") -> None:
     """Refuse tolerances and values that nothing can be held against."""
     for name in ("rel_tol", "abs_tol"):
-        if not 0 <= getattr(self, name) < math.inf:
-            raise ValueError(f"{name} of item {self.id!r} must be finite and not negative, got {getattr(self, name)}")
-    if self.value is not None and not math.isfinite(self.value):
-        raise ValueError(f"value of item {self.id!r} must be finite, got {self.value}")
-    if self.difficulty < 1:
-        raise ValueError(f"difficulty of item {self.id!r} must be at least 1, got {self.difficulty}")
+        number = getattr(self, name)
+        if not _is_number(number) or not 0 <= number < math.inf:
+            raise ValueError(f"{name} of item {self.id!r} must be finite and not negative, got {number!r}")
+    _check_number(f"value of item {self.id!r}", self.value)
+    if not _is_number(self.difficulty, Integral) or self.difficulty < 1:
+        raise ValueError(f"difficulty of item {self.id!r} must be at least 1, got {self.difficulty!r}")
 
 # %% ../../nbs/ddr/02_checklist.ipynb #b55f5ff5
 @dataclass(frozen=True)
@@ -1606,7 +1823,8 @@ def match(claim: Claim, item: ChecklistItem) -> MatchResult:
     if item.value is not None:
         if claim.value is not None:
             if off := _close(claim, item, claim.value, item.value):
-                return MatchResult(_NO, (off,))
+                relative = claim.unit == "percent" and not item.unit  # of a share, or of the level before: unsaid
+                return MatchResult(_OPEN if relative else _NO, (off,))
         elif item.value_required:
             return MatchResult(_OPEN, ("The item asks for a value and the claim states none.",))
     if claim.kind in _TIMED and truth.period is not None:
@@ -1866,6 +2084,8 @@ def _canonical(plant: Plant, schema: Schema) -> Claim:
 def _item(db: Any, world: World, i: int) -> ChecklistItem:
     """The item of one plant."""
     plant, schema = world.plants[i], world.schema
+    if missing := [key for key in ("metric", *_NEEDS.get(plant.kind, ())) if not plant.params.get(key)]:
+        raise ValueError(f"plant {i}, a {plant.kind}, needs {missing[0]}, got {plant.params.get(missing[0])!r}")
     claim, sql = _canonical(plant, schema), truth_sql(plant, schema)
     row = db.execute(sql).fetchone()
     value = None if row is None or row[0] is None or not math.isfinite(row[0]) else float(row[0])
@@ -1876,7 +2096,8 @@ def _item(db: Any, world: World, i: int) -> ChecklistItem:
     question, answer = _sentences_of(claim, schema, wording)
     hops = len(claim.tables) + len({claim.by, claim.given} - {None}) + (claim.period is not None)
     return ChecklistItem(f"{i:02d}-{claim.kind}", f"{world.template}-{world.seed}", question, answer,
-                         replace(claim, text=answer), sql, value, claim.unit or "", difficulty=hops)
+                         replace(claim, text=answer), sql, value, claim.unit or "", difficulty=hops,
+                         value_required=claim.direction is None and claim.period is None)
 
 # %% ../../nbs/ddr/02_checklist.ipynb #a918bb49
 def build_checklist(world: World) -> Checklist:
@@ -1896,9 +2117,16 @@ def build_checklist(world: World) -> Checklist:
     Raises
     ------
     ValueError
-        If a plant names a column that is not there; the three nearest names are given.
+        If `world` is none, has no file, or a plant lacks a field or names a column that is not there; the three nearest
+        names are given.
     """
     import duckdb
+    if not isinstance(world, World):
+        raise ValueError(f"world must be a World, got {type(world).__name__}")
+    if odd := [plant for plant in world.plants if not isinstance(plant, Plant)]:
+        raise ValueError(f"plants must be Plant objects, got {odd[0]!r}")
+    if not Path(world.db_path).is_file():
+        raise ValueError(f"world has no database file at {world.db_path!r}")
     with closing(duckdb.connect(config={"threads": 1})) as db:  # one thread adds in one order: equal values every time
         db.execute(f"ATTACH {_text(world.db_path)} AS world (READ_ONLY)")
         db.execute("USE world")

@@ -6,23 +6,25 @@
 __all__ = ['detection_power', 'StatExplorer', 'claim_pvalue', 'RandomExplorer', 'BlindAgent', 'measure']
 
 # %% ../../nbs/ddr/03_explore.ipynb #e6c59891
-# ruff: noqa: S608
-# The SQL below is put together from names of the schema, quoted by `_q`, and from numbers.
+# ruff: noqa: S608 (the SQL is put together from names of the schema, quoted by `_q`, and from numbers)
 import math
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..core.claims import measure_main
-from collai.ddr.checklist import (
+from collai.ddr.checklist import (  # fmt: skip
     _SIGNED,
+    ChecklistItem,
     Claim,
     _canonical,
     _day,
@@ -30,15 +32,17 @@ from collai.ddr.checklist import (
     _lexicon_of,
     _plain,
     _sentences_of,
+    _spoken,
     _Unsure,
     build_checklist,
     date_column,
+    match,
     truth_sql,
     verdict,
 )
 from .checklist import _scan as _marks
 from .sandbox import Budget, Env, SqlError, Trajectory, Turn
-from .worlds import Plant, Schema, World, make_world
+from .worlds import _TEMPLATES, KINDS, Plant, Schema, World, _plants, make_world
 from ..eval.stats import bh_reject, bootstrap_mean
 from ..eval.store import Store, run_cells
 
@@ -2123,41 +2127,190 @@ class RandomExplorer:
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
 
-# %% ../../nbs/ddr/03_explore.ipynb #5b536782
-def _run_blind(self: "BlindAgent", env: Any) -> Trajectory:
-    """Report what the names of the columns suggest.
+# %% ../../nbs/ddr/03_explore.ipynb #b11d0002
+_TWO_SIGNS = ("trend", "level_shift", "group_difference", "correlation", "interaction", "simpson", "lag", "variance_change", "dose_threshold")
+
+
+def _home(name: str) -> str:
+    """Table of a column."""
+    return name.partition(".")[0]
+
+
+def _columns(schema: Schema) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Numeric columns, first those of tables that refer to most others; each with every group; pairs with one referred to."""
+    numbers, groups, _ = _fields(schema)
+    to = [(_home(child), _home(parent)) for child, parent in schema.keys.items()]
+    numbers = sorted(numbers, key=lambda y: (-sum(child == _home(y) for child, _ in to), y))
+    split = [{"metric": y, "by": by, "segment": s} for y in numbers for by in _reachable(schema, y, groups) for s in schema.values[by]]
+    pairs = [{"metric": y, "other": x} for y in numbers for x in numbers if (_home(y), _home(x)) in to]
+    near = [{"metric": y, "other": x} for y in numbers for x in numbers if x != y and _home(x) == _home(y)]
+    return numbers, split, pairs or near
+
+
+def _rooms(schema: Schema) -> dict[str, list[dict[str, Any]]]:
+    """Every subject that a schema has room for, by kind; what happens on one day only data can tell."""
+    numbers, split, pairs = _columns(schema)
+    days = {t for t, columns in schema.tables.items() if any(kind.upper().startswith(("DATE", "TIMESTAMP")) for kind in columns.values())}
+    daily = [y for y in numbers if schema.tables[_home(y)].get(schema.primary.get(_home(y), ""), "").upper() == "DATE"]
+    timed = [place for place in [*({"metric": y} for y in numbers), *split] if _home(place["metric"]) in days]
+    of = {y: [place for place in split if place["metric"] == y] for y in numbers}
+    return {
+        "orphan_keys": [{"metric": child, "other": parent} for child, parent in schema.keys.items()],
+        "duplicate_rows": [{"metric": f"{t}.{schema.primary.get(t, next(iter(c)))}"} for t, c in schema.tables.items()],
+        "lag": [{"metric": y, "other": x} for y in daily for x in daily if _home(x) != _home(y)],
+        "correlation": pairs, "dose_threshold": pairs, "trend": timed, "seasonality": timed,
+        "group_difference": split, "variance_change": split, "missing_not_at_random": split, "top_share": split,
+        "interaction": [pair | place | {"given": place["by"]} for pair in pairs for place in of[pair["metric"]]],
+        "simpson": [place | {"given": g} for place in split for g in dict.fromkeys(p["by"] for p in of[place["metric"]]) if g != place["by"]],
+    }
+
+# %% ../../nbs/ddr/03_explore.ipynb #b11d0003
+def _subject(claim: Claim) -> tuple[Any, ...]:
+    """What a claim is about: of two about the same with different answers one is wrong."""
+    return claim.kind, claim.metric, claim.by, claim.segment, claim.other
+
+
+def _evenly(schema: Schema, sign: int) -> Iterator[tuple[float, Claim]]:
+    """Claims of every kind alike, of every place in a kind alike, with the chance of each to be what a checklist asks for."""
+    rooms = _rooms(schema)
+    for kind, places in rooms.items():
+        if kind in ("orphan_keys", "duplicate_rows", "top_share"):  # only data, or other checklists, tell their value
+            continue
+        fields: dict[str, Any] = {"period": "7"} if kind == "seasonality" else {}
+        fields |= {"direction": sign} if kind in _TWO_SIGNS else {"direction": 1} if kind == "missing_not_at_random" else {}
+        chance = (0.5 if kind in _TWO_SIGNS else 0.25 if kind == "seasonality" else 1.0) / len(rooms)
+        yield from ((chance / len(places), Claim(kind, **place, **fields)) for place in places)
+
+# %% ../../nbs/ddr/03_explore.ipynb #b11d000c
+def _fits(claim: Claim, schema: Schema) -> bool:
+    """Whether a claim speaks of columns and categories of this schema."""
+    names = [name for name in (claim.metric, claim.by, claim.other, claim.given) if name]
+    known = all(name.partition(".")[2] in schema.tables.get(_home(name), ()) for name in names)
+    return known and (claim.by is None or claim.segment in schema.values.get(claim.by, ()))
+
+
+def _bare(told: Claim) -> Claim:
+    """A claim with a value only where it says nothing else; then two digits of it."""
+    value = told.value if told.direction is None and told.period is None else None
+    return replace(told, value=None if value is None else float(f"{value:.2g}"), text="", evidence_sql=None)
+
+
+def _item(told: Claim) -> ChecklistItem:
+    """What a checklist asks for, with nothing but its claim; a value that nobody told is nobody's."""
+    bare = told.direction is None and told.period is None
+    value = 0.0 if bare and told.value is None else told.value
+    return ChecklistItem("", "", "", "", told, "", value, "", value_required=bare)
+
+
+def _as_seen(seen: Sequence[Claim], schema: Schema) -> Iterator[tuple[float, Claim]]:
+    """Claims of other checklists, with the share of their items that each would have got right."""
+    alike: dict[tuple[Any, ...], list[Claim]] = {}
+    for told in seen:
+        if _fits(told, schema):
+            alike.setdefault(_subject(told), []).append(_bare(told))
+    for group in alike.values():
+        items = [(_item(told), n) for told, n in Counter(group).items()]
+        for told in dict.fromkeys(group):
+            if share := sum(n for item, n in items if match(told, item).verdict == "CORRECT") / len(seen):
+                yield share, told
+
+
+def _chance(report: Sequence[Claim], seen: Sequence[Claim]) -> float:
+    """Accuracy that (ddr.3.4) expects of a report, from checklists that its agent has not seen."""
+    items: dict[tuple[Any, ...], list[ChecklistItem]] = {}
+    for told in seen:
+        items.setdefault(_subject(told), []).append(_item(told))
+    return sum(match(c, item).verdict == "CORRECT" for c in report for item in items.get(_subject(c), ())) / len(seen)
+
+# %% ../../nbs/ddr/03_explore.ipynb #b11d0004
+_OTHERS = 400  # worlds from which the blind agent knows what is usual
+
+
+@cache
+def _planted(template: str, part: int = 0) -> tuple[Plant, ...]:
+    """What other worlds of a template hold, some for every part; none of them is made."""
+    spec = _TEMPLATES[template]()
+    kinds = [kind for kind in KINDS[:12] if kind in spec.places]
+    return tuple(plant for i in range(_OTHERS)
+                 for plant in _plants(spec, kinds, 1.0, np.random.default_rng([2**40, part, i])))
+
+
+def _usual(schema: Schema, part: int = 0) -> list[Claim]:
+    """What checklists ask for in generated worlds with these tables; nothing for other databases."""
+    alike = [name for name, spec in _TEMPLATES.items() if spec().tables.keys() == schema.tables.keys()]
+    return [_canonical(plant, schema) for name in alike for plant in _planted(name, part)]
+
+# %% ../../nbs/ddr/03_explore.ipynb #b11d0005
+def _wanted(options: Sequence[tuple[float, Claim]], questions: Sequence[str], schema: Schema) -> list[tuple[float, Claim]]:
+    """Options that answer one of the questions, with their chance among those that do."""
+    low, found = " ".join(questions).lower(), {question: list[tuple[float, Claim]]() for question in questions}
+    named = {claim.metric: _spoken(schema, claim.metric).lower() in low for _, claim in options}
+    for chance, told in options:
+        if named[told.metric] or told.kind in ("orphan_keys", "duplicate_rows", "anomaly_day"):
+            for question in {_sentences_of(told, schema, wording)[0] for wording in (0, 1)} & found.keys():
+                found[question].append((chance, told))
+    return [(chance / sum(c for c, _ in some), told) for some in found.values() for chance, told in some]
+
+
+def _guesses(self: Any, schema: Schema) -> list[Claim]:
+    """The likeliest claims, one about each subject, as many as are allowed."""
+    seen = _usual(schema) if self.seen is None else self.seen
+    options = [*_as_seen(seen, schema), *((1e-3 * chance if seen else chance, claim) for chance, claim in _evenly(schema, self.sign))]
+    if self.questions is not None:
+        options = _wanted(options, self.questions, schema)
+    best: dict[tuple[Any, ...], Claim] = {}
+    for _, told in sorted(options, key=lambda option: -option[0]):
+        best.setdefault(_subject(told), told)
+    return [replace(claim, text=_sentences_of(claim, schema, 0)[1]) for claim in list(best.values())[:100]]
+
+# %% ../../nbs/ddr/03_explore.ipynb #b11d000b
+def _run_prior(self: Any, env: Env) -> Trajectory:
+    """Report without a query.
 
     Parameters
     ----------
     env : Env
-        The environment; only its schema is read, no query is run.
+        Only its schema is read.
 
     Returns
     -------
     Trajectory
         One turn without a tool; it ends with "finish".
     """
-    schema, claims = env.schema, list[Claim]()
-    numbers, groups, dates = _fields(schema)
-    for metric in sorted(numbers):
-        near = sorted(_reachable(schema, metric, groups))
-        where = {"by": near[0], "segment": schema.values[near[0]][0]} if near else {}
-        if any(_split(d)[0] == _split(metric)[0] for d in dates):
-            claims.append(_claim_of({"kind": "trend", "metric": metric, "direction": 1, **where}, schema))
-        if near:
-            claims.append(_claim_of({"kind": "group_difference", "metric": metric, "direction": 1, **where}, schema))
-    claims = [replace(c, evidence_sql=None, text=_sentences_of(c, schema, 0)[1]) for c in claims[:100]]
-    report = " ".join(c.text for c in claims)
-    return Trajectory(
-        [Turn("from the names alone", "", {}, None, report, claims)], "FINISH: " + report, claims, "finish", env.world
-    )
+    claims = _guesses(self, env.schema)
+    report = " ".join(claim.text for claim in claims)
+    return Trajectory([Turn("From the names alone.", insight=report, claims=claims)], report, claims, "finish", env.world)
 
-
-@dataclass(frozen=True)
+# %% ../../nbs/ddr/03_explore.ipynb #b11d0006
 class BlindAgent:
-    """Control that never looks at the data."""
+    """Control that never looks at the data: it claims what is likeliest before.
 
-    run = _run_blind
+    Parameters
+    ----------
+    seen : sequence of Claim, optional
+        What checklists of other databases like this asked for; by default, for a world of `make_world`, what it plants in a
+        few hundred others. For the rest every kind, every place for it in the schema and either sign is as likely as the next.
+    questions : sequence of str, optional
+        A checklist's questions; then it claims what answers them, and nothing else.
+    sign : {1, -1}
+        The sign of whatever has two and was not seen.
+
+    Raises
+    ------
+    ValueError
+        If `sign` is none of the two.
+
+    Notes
+    -----
+    At most 100 claims, the limit of `check`: those with the largest chances (ddr.3.4), and one about each subject.
+    """
+
+    def __init__(self, seen: Sequence[Claim] | None = None, questions: Sequence[str] | None = None, sign: int = 1) -> None:
+        if sign not in (1, -1):
+            raise ValueError(f"sign must be 1 or -1, got {sign}")
+        self.seen, self.questions, self.sign = seen, questions, sign
+
+    run = _run_prior
 
 # %% ../../nbs/ddr/03_explore.ipynb #71639974
 _STRENGTHS = (1.0, 0.5, 0.25, 0.125)
@@ -2201,7 +2354,7 @@ def _unfounded(claims: Sequence[Claim], world: World, draws: int) -> list[str]:
 
 # %% ../../nbs/ddr/03_explore.ipynb #73545194
 def _controls(args: tuple[float, int, int, int], seed: int) -> dict[str, Any]:
-    """Both controls on one world: accuracy of random questions at equal turns, and of no question."""
+    """Controls on one world: accuracy of random questions at equal turns, and of no look, with what chance gives it."""
     strength, number, turns, rows = args
     world = make_world("retail", number, rows, strength)
     items, row = build_checklist(world).items, {"strength": strength, "seed": number}
@@ -2209,7 +2362,8 @@ def _controls(args: tuple[float, int, int, int], seed: int) -> dict[str, Any]:
         with Env(world.db_path, budget=Budget(turns=turns)) as env:
             told = agent.run(env).claims
         row[name] = float(np.mean([verdict(told, item) == "CORRECT" for item in items]))
-    return row
+    chance = _chance(told, _usual(world.schema, 1))
+    return row | {"corrected": (row["blind"] - chance) / (1 - chance)}
 
 
 def _average(name: str, values: Sequence[float], unit: str, bound: float | None = None, **more: Any) -> dict[str, Any]:
@@ -2255,13 +2409,13 @@ def measure(device: str, worlds: int = 20, folder: str | None = None) -> list[di
     cells = {
         ("world", n, str(s)): (s, n, 5 if s >= 0.25 else 0, 40_000) for n in numbers for s in (*_STRENGTHS, 0.0)
     }
-    controls = {("control", n): (1.0, n, 12, 40_000) for n in numbers}
+    controls = {("control", n): (1.0, n, 12, 40_000) for n in range(_FIRST, _FIRST + 3 * worlds)}
     home = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collai" / "ddr")
     with Store(home / f"explore-{_STUDY}.db", {"study": _STUDY}) as store:
         run_cells(store, cells, _cell, workers=2)
         run_cells(store, controls, _controls, workers=2)
         run_cells(store, {("large", _FIRST): (1.0, _FIRST, 0, 4_000_000)}, _cell)
-        rows = [row for row in store.rows() if row["seed"] in numbers]
+        rows = [row for row in store.rows() if row["seed"] in numbers or "random" in row]
     return _summary(rows)
 
 # %% ../../nbs/ddr/03_explore.ipynb #d2d5ae76
@@ -2273,8 +2427,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     out.append({"name": "null", "measured": sum(null), "unit": "worlds with a claim", "bound": 1, "worlds": len(null)})
     out.append(_average("cpu", [r["cpu"] for r in small], "CPU s a world of 40,000 rows", 1.5))
     out += [{"name": "cpu/4M", "measured": r["cpu"], "unit": "CPU s, 4 million rows", "bound": 15.0} for r in large]
-    for name, bound in (("random", 0.35), ("blind", 0.02)):
-        out.append(_average(name, [r[name] for r in rows if name in r], "recall", bound))
+    for name, bound in (("random", 0.35), ("blind", None), ("corrected", 0.0)):
+        out.append(_average(name, [r[name] for r in rows if name in r], "accuracy", bound))
     return out
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float64
 from scipy.special import expit
 
 from ..core.parallel import _whole
-from .checklist import Checklist, ChecklistItem, Claim, match
+from .checklist import _RATIO, _SIGNED, Checklist, ChecklistItem, Claim, _factor, match
 from .explore import claim_pvalue
 from .sandbox import Env, SqlError, SqlSandbox, Trajectory, touched_fields
 from .worlds import Schema, World
@@ -31,10 +31,9 @@ from ..eval.stats import resample_counts
 # %% ../../nbs/ddr/05_metrics.ipynb #9d6d68a7
 _LABELS = {"INSUFFICIENT_INFO": "INSUFFICIENT", "INCORRECT_INFO": "INCORRECT", "CORRECT_INFO": "CORRECT"}
 _VERDICTS = ("CORRECT", "INCORRECT", "INSUFFICIENT", "CHECKER_FAILED")
-_TOKEN = re.compile(rf"(?<!\w)(?:{'|'.join(_LABELS)})(?!\w)")
 _KEY = re.compile(r'"context_quality"\s*:\s*')
 _VALUE = re.compile(r'"([^"\\]*)"')
-_DENIED = re.compile(r"(?:\b(?:not|never|no|neither|nor|cannot)\b|n['’]t\b)[^.;:\n]{0,40}$", re.IGNORECASE)
+_FRAME = {"the", "my", "final", "verdict", "answer", "label", "context", "quality", "context_quality", "is", "so", "therefore", "yes", "json"}
 
 
 def parse_verdict(text: str) -> str:
@@ -43,21 +42,20 @@ def parse_verdict(text: str) -> str:
     Parameters
     ----------
     text : str
-        The reply: JSON, JSON inside other text, broken JSON, or prose.
+        The reply: JSON, JSON inside other text, broken JSON, or the bare token.
 
     Returns
     -------
     str
-        "CORRECT", "INCORRECT" or "INSUFFICIENT"; "CHECKER_FAILED" when the reply holds no such token, different ones,
-        another spelling, or denies the only one.
+        "CORRECT", "INCORRECT" or "INSUFFICIENT"; "CHECKER_FAILED" when the reply does not say one of the tokens exactly, says
+        different ones, or says anything else than the token where it is no JSON.
     """
     if keys := list(_KEY.finditer(text)):
-        values = [found.group(1) if (found := _VALUE.match(text, key.end())) else "" for key in keys]
-        return _LABELS.get(values[0], "CHECKER_FAILED") if len(set(values)) == 1 else "CHECKER_FAILED"
-    tokens = list(_TOKEN.finditer(text))
-    if len({token.group() for token in tokens}) != 1 or any(_DENIED.search(text[:token.start()]) for token in tokens):
-        return "CHECKER_FAILED"
-    return _LABELS[tokens[0].group()]
+        said = [found.group(1) if (found := _VALUE.match(text, key.end())) else "" for key in keys]
+    else:
+        said = [word for word in re.findall(r"\w+", text) if word.lower() not in _FRAME]
+        said = [] if "?" in text else said
+    return _LABELS.get(said[0], "CHECKER_FAILED") if len(set(said)) == 1 else "CHECKER_FAILED"
 
 # %% ../../nbs/ddr/05_metrics.ipynb #19e72017
 def _choice(name: str, value: Any, options: Sequence[str]) -> None:
@@ -282,6 +280,17 @@ def _blind_share(blind: Any, by_rules: bool) -> float:
     return float(blind)
 
 
+def _checkable(trajectories: Iterable[Trajectory | None], checklist: Checklist) -> None:
+    """Refuse what the rules can't read at all, which would look like a report that is worth nothing."""
+    if checklist.items and not any(item.claim for item in checklist.items):
+        raise ValueError("no item has a claim, and the rules compare claims: check the texts with checker=LLMChecker(client)")
+    there = [t for t in trajectories if t is not None]
+    texts = sum(_says(text) for t in there for text in (t.report, *(turn.insight for turn in t.turns)))
+    if texts and not any(t.claims or any(turn.claims for turn in t.turns) for t in there):
+        raise ValueError(f"none of {texts} texts comes with a claim, and the rules read claims alone: Claim.parse the texts, or "
+                         "check them with checker=LLMChecker(client)")
+
+
 def _guard(trajectory: Trajectory, checklist: Checklist) -> None:
     """Refuse a transcript that holds the checklist's canary."""
     checklist.guard(json.dumps(asdict(trajectory), default=str, ensure_ascii=False))
@@ -308,8 +317,8 @@ def check(trajectory: Trajectory | Mapping[str, Trajectory | None], checklist: C
     swapped : bool
         Control: each entity gets the trajectory of the next one; a single one may be of any other world.
     blind : CheckResult or float, optional
-        Blind accuracy to correct for: the result of `BlindAgent` on this checklist, or a prior. Default: 0.0 by the
-        rules, so that nothing is taken off; with a language model it is not known, and the corrected score is NaN.
+        Blind accuracy to correct for: that of `BlindAgent` on this checklist, or a number. Default: nothing is taken off by the
+        rules; with a language model, who may be generous, the corrected score is NaN.
     budget : int
         Most different claims an entity.
 
@@ -320,12 +329,12 @@ def check(trajectory: Trajectory | Mapping[str, Trajectory | None], checklist: C
     Raises
     ------
     ValueError
-        On a checklist of another world, an unknown name, an unknown entity, too many claims, or nothing to score.
+        On a checklist of another world, an unknown name or entity, too many claims, or nothing to score (by the rules, also no
+        item with a claim, or texts of which none has one).
     LeakError
         If a transcript holds the canary of the checklist.
     """
-    most = _whole("budget", budget, 0)
-    return _check(trajectory, checklist, mode, checker, policy, missing_policy, swapped, blind, most)
+    return _check(trajectory, checklist, mode, checker, policy, missing_policy, swapped, blind, _whole("budget", budget, 0))
 
 # %% ../../nbs/ddr/05_metrics.ipynb #675e10db
 def _check(given: Any, checklist: Checklist, mode: str, checker: Any, policy: str, missing_policy: str, swapped: bool,
@@ -340,7 +349,8 @@ def _check(given: Any, checklist: Checklist, mode: str, checker: Any, policy: st
         _choice("checker", checker, ("rules", "an LLMChecker"))
     rows: list[dict[str, Any]] = []
     counts, spent = [0, 0], {}
-    for entity, one in _paired(given, checklist, swapped).items():
+    paired = _paired(given, checklist, swapped)
+    for entity, one in paired.items():
         if one is None and missing_policy == "drop":
             continue
         if one is not None:
@@ -349,6 +359,8 @@ def _check(given: Any, checklist: Checklist, mode: str, checker: Any, policy: st
         found, counted, spent[entity] = _scored(entity, one, items, mode, checker, policy, budget)
         rows += found
         counts = [a + b for a, b in zip(counts, counted, strict=True)]
+    if isinstance(checker, str):
+        _checkable(paired.values(), checklist)
     base = _blind_share(blind, isinstance(checker, str))
     return _result(pd.DataFrame(rows), (counts[0], counts[1]), base, mode, spent)
 
@@ -469,10 +481,10 @@ def _places(found: Any, known: Sequence[int]) -> list[int] | None:
 def _read_open(text: str, known: Sequence[int], item: ChecklistItem) -> _Decision | None:
     """Decision of a judge who saw the truth; None if the reply is not what was asked for."""
     found = _only_object(text) or {}
-    name = _LABELS.get(str(found.get("context_quality")))
+    name = parse_verdict(text)
     sides = [_places(found.get(f"{side}_message_indices"), known) for side in ("supporting", "contradicting")]
     texts = all(isinstance(found.get(key), str) for key in ("evidence_text", "reasoning"))
-    if name is None or sides[0] is None or sides[1] is None or not texts:
+    if name == "CHECKER_FAILED" or sides[0] is None or sides[1] is None or not texts:
         return None
     last = [max(known)]
     return name, sides[0] or last * (name == "CORRECT"), sides[1] or last * (name == "INCORRECT")
@@ -962,23 +974,51 @@ def _ranked(names: Sequence[str], duels: Sequence[tuple[int, int, str]], answers
     return replace(fit, ranking=[names[i] for i in fit.ranking], failed=sum(a is None for a in answers))
 
 # %% ../../nbs/ddr/05_metrics.ipynb #6347c62b
-_SIGNED = ("trend", "level_shift", "group_difference", "correlation", "interaction", "simpson")
+_COUNTED = ("orphan_keys", "duplicate_rows", "missing_not_at_random")  # their value is 0 where there is nothing
 
 
-def _agrees(claim: Claim, found: Any) -> bool:
-    """Whether the value of a claim's evidence carries what the claim states."""
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+def _unit_of(claim: Claim, db: Any) -> str | None:
+    """Unit in which evidence of this kind has its value; that of the claim where the column is not known."""
+    if claim.kind in _RATIO:
+        return "ratio"
+    if claim.value is None or claim.unit is None or claim.kind in ("anomaly_day", "lag"):
+        return {"anomaly_day": "count", "lag": "days"}.get(claim.kind, claim.unit)
+    schema = db.schema if hasattr(db, "schema") else Schema.read(db.db_path, db.engine)
+    return schema.units.get((claim.other if claim.kind == "dose_threshold" else claim.metric) or "", claim.unit)
+
+
+def _number(cell: Any) -> bool:
+    """Whether a cell holds a finite number."""
+    return isinstance(cell, int | float) and not isinstance(cell, bool) and math.isfinite(cell)
+
+# %% ../../nbs/ddr/05_metrics.ipynb #b11d0101
+def _agrees(claim: Claim, found: Any, unit: str | None = None) -> bool | None:
+    """Whether a number, in `unit`, carries what a claim states; None if no number could."""
+    if not _number(found):
         return False
-    if claim.value is not None and not abs(claim.value - found) <= max(1e-9, 0.1 * abs(found)):
-        return False
-    if claim.kind in _SIGNED and claim.direction in (-1, 1):
-        return found * claim.direction > 0
-    if claim.kind == "variance_change" and claim.direction in (-1, 1):
-        return (found - 1) * claim.direction > 0
-    return claim.value is not None or claim.direction == 0 or found != 0
+    signed, factor = claim.kind in _SIGNED and claim.direction in (-1, 1), 1.0 if unit is None else _factor(claim.unit, unit)
+    if claim.value is not None:
+        said, seen = (abs(x) if signed else x for x in (claim.value * (factor or 0.0), found))
+        if factor is None or not abs(said - seen) <= max(1e-9, 0.1 * abs(seen)):
+            return False
+    if signed or (claim.kind == "variance_change" and claim.direction in (-1, 1)):
+        return (found - (claim.kind == "variance_change")) * claim.direction > 0
+    if claim.direction == 0 and claim.value is None:  # noise is never 0, so a number proves a denial of existence alone
+        return True if found == 0 else False if claim.kind in _COUNTED else None
+    return claim.value is not None or found != 0
+
+
+def _holds_it(claim: Claim, data: Sequence[Sequence[Any]], unit: str | None) -> bool | None:
+    """Whether a cell of a result, or the difference of two of a column, is the value of a claim; None where it states none."""
+    if claim.value is None or len(data) == len(data[0]) == 1:
+        return None if claim.value is None else _agrees(claim, data[0][0], unit)
+    columns = [[cell for cell in column if _number(cell)] for column in zip(*data, strict=True)]
+    seen = [abs(a - b) for column in columns for i, a in enumerate(column) for b in (0, *column[:i])]
+    said = {abs(claim.value * factor) for factor in (1.0, None if unit is None else _factor(claim.unit, unit)) if factor is not None}
+    return any(abs(x - y) <= max(1e-9, 0.1 * y) for x in said for y in seen)
 
 # %% ../../nbs/ddr/05_metrics.ipynb #f85f6288
-def recompute(claim: Claim, db: SqlSandbox | Env | str) -> str:
+def recompute(claim: Claim, db: SqlSandbox | Env | str, anywhere: bool = False) -> str:
     """Run the evidence of a claim again and compare.
 
     Parameters
@@ -986,25 +1026,33 @@ def recompute(claim: Claim, db: SqlSandbox | Env | str) -> str:
     claim : Claim
     db : SqlSandbox, Env or str
         Where the query runs; a path of a DuckDB file gets a sandbox for this call.
+    anywhere : bool
+        The query was not written to prove this claim: where its result has many cells, any of the first 100 rows, or the
+        difference of two of a column, may be the value, whatever its sign.
 
     Returns
     -------
     str
-        "FAITHFUL": the first cell agrees with the value (within 10 %) and the direction of the claim. "UNFAITHFUL": it
-        does not, is no number, or the query fails. "NO_EVIDENCE": no query, or one that reads no field.
+        "FAITHFUL": the first cell agrees with the value (within 10 %, in the unit of the claim) and the direction. "UNFAITHFUL":
+        it does not, is no number, or the query fails. "NO_EVIDENCE": no query, or one that reads no field, or one whose
+        result can't tell: it was not written for the claim, which states no value; or noise is never as 0 as the claim has it.
     """
     if isinstance(db, str):
         with SqlSandbox(db) as sandbox:
-            return recompute(claim, sandbox)
+            return recompute(claim, sandbox, anywhere)
     if not (sql := (claim.evidence_sql or "").strip()):
         return "NO_EVIDENCE"
     try:
-        found = db.query(sql, limit=1)
+        found = db.query(sql, limit=100 if anywhere else 1)
     except SqlError:
         return "UNFAITHFUL"
     if not found.fields:
         return "NO_EVIDENCE"
-    return "FAITHFUL" if found.data and _agrees(claim, found.data[0][0]) else "UNFAITHFUL"
+    if not found.data or not found.data[0]:
+        return "UNFAITHFUL"
+    unit = _unit_of(claim, db)
+    good = _holds_it(claim, found.data, unit) if anywhere else _agrees(claim, found.data[0][0], unit)
+    return "NO_EVIDENCE" if good is None else "FAITHFUL" if good else "UNFAITHFUL"
 
 # %% ../../nbs/ddr/05_metrics.ipynb #adc3a3cf
 def faithfulness(trajectory: Trajectory, sandbox: SqlSandbox | Env | str) -> Any:
@@ -1019,21 +1067,26 @@ def faithfulness(trajectory: Trajectory, sandbox: SqlSandbox | Env | str) -> Any
     Returns
     -------
     DataFrame
-        One row a claim of a turn: ``turn`` (index from 0), ``kind``, ``metric``, ``segment``, ``value``, ``verdict``.
+        One row a claim of a turn: ``turn`` (index from 0), ``kind``, ``metric``, ``segment``, ``value``, ``verdict``. Where the
+        evidence is the query of the turn itself, as in the sessions of language models, any cell may bear the claim out.
     """
     import pandas as pd
 
-    said = [(i, _as_claim(c)) for i, turn in enumerate(trajectory.turns) for c in turn.claims]
-    rows = [(i, c.kind, c.metric, c.segment, c.value, recompute(c, sandbox)) for i, c in said]
+    if isinstance(sandbox, str):
+        with SqlSandbox(sandbox) as one:
+            return faithfulness(trajectory, one)
+    said = [(i, t, _as_claim(c)) for i, t in enumerate(trajectory.turns) for c in t.claims]
+    rows = [(i, c.kind, c.metric, c.segment, c.value, recompute(c, sandbox, c.evidence_sql == t.args.get("query")))
+            for i, t, c in said]
     return pd.DataFrame(rows, columns=["turn", "kind", "metric", "segment", "value", "verdict"])
 
 # %% ../../nbs/ddr/05_metrics.ipynb #476770c1
-def replicate(claims: Iterable[Claim], world: World, draws: SupportsIndex = 5, rows_factor: SupportsIndex = 3) -> Any:
+def replicate(claims: Iterable[Claim | Mapping[str, Any]], world: World, draws: SupportsIndex = 5, rows_factor: SupportsIndex = 3) -> Any:
     """Test claims in fresh draws of the process that made a world.
 
     Parameters
     ----------
-    claims : iterable of Claim
+    claims : iterable of Claim, or of dict with its fields
     world : World
         Where they were made.
     draws : int
@@ -1054,7 +1107,7 @@ def replicate(claims: Iterable[Claim], world: World, draws: SupportsIndex = 5, r
     """
     import pandas as pd
 
-    said, factor = list(claims), _whole("rows_factor", rows_factor, 1)
+    said, factor = [_as_claim(c) for c in claims], _whole("rows_factor", rows_factor, 1)
     holds = np.zeros((_whole("draws", draws, 1), len(said)), dtype=bool)
     for draw in range(len(holds) if said else 0):
         fresh = world.redraw(draw, world.rows * factor)

@@ -7,6 +7,7 @@ __all__ = ['blind_baselines', 'LoadReport', 'load_companyfacts', 'load_mimic', '
            'to_ddr_bench', 'real_small']
 
 # %% ../../nbs/ddr/07_public.ipynb #dec81fcf
+import getpass
 import hashlib
 import json
 import os
@@ -98,6 +99,21 @@ def _code() -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest() if spec and spec.origin else ""
 
 
+def _cached(*parts: Any) -> Path:
+    """File of these arguments in the user's cache, or among temporary files where that can't be written."""
+    try:
+        target = _in_cache(*parts)
+        if target.exists() or os.access(target.parent, os.W_OK):
+            return target
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"collai-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if os.name == "posix" and folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to somebody else: set XDG_CACHE_HOME to a folder that can be written")
+    return folder / f"{parts[0]}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.duckdb"
+
+# %% ../../nbs/ddr/07_public.ipynb #b11d0301
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
     """A draft beside a file, which it becomes in the end."""
@@ -121,7 +137,9 @@ def _built(kind: str, key: Sequence[Any], path: str | os.PathLike[str] | None, b
 
     if path is not None:
         return make(Path(path))
-    target = _in_cache(kind, _code(), *key)
+    target = _cached(kind, _code(), *key)
+    if target.exists():  # files come whole or not at all, so no lock is needed, and none can be made in a folder that is read only
+        return str(target)
     with FileLock(target.with_suffix(".lock")):
         return str(target) if target.exists() else make(target)
 
@@ -542,7 +560,7 @@ def load_ddr_logs(dir: str | os.PathLike[str], schema: Schema | None = None) -> 
     FileNotFoundError
         If there is no such folder, or no session in it.
     """
-    folders = sorted(f for f in Path(dir).glob("*_*") if f.is_dir())
+    folders = sorted(f for f in Path(dir).glob("[!._]*_?*") if f.is_dir())
     if not folders:
         raise FileNotFoundError(f"no folder {Path(dir) / '<prefix>_<entity>'}")
     found: dict[str, Trajectory | None] = {}

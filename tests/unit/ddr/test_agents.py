@@ -2,6 +2,8 @@
 
 import csv
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from collai.ddr.agents import (
     LLMAgent,
     ReactiveAgent,
     ReplayAgent,
+    TogetherChat,
     is_finish,
     read_log,
     self_termination,
@@ -25,7 +28,7 @@ from collai.ddr.agents import (
 from collai.ddr.checklist import build_checklist
 from collai.ddr.sandbox import Budget, Env, Trajectory, Turn
 from collai.ddr.worlds import make_world
-from collai.eval.llm import ChatError, ChatServer, OpenAIChat, Reply, TokenUsage
+from collai.eval.llm import ChatError, ChatServer, OpenAIChat, Reply, Request, TokenUsage, TransformersChat
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +358,75 @@ def test_a_call_without_arguments_is_one():
     assert module._native_call(Reply(" x ", "tool_calls", TokenUsage(1, 1), ({"function": {"name": "list_files"}},))) == ("x", "list_files", {})
     assert module._spoken_call('ACTION: {"tool": "list_files"}') == ("", "list_files", {})
     assert replace(Turn(), tool="x").tool == "x"
+
+
+# --- evidence, failures -----------------------------------------------------------------------------------------------
+
+
+def test_claims_of_a_turn_bear_its_query(world, tmp_path):
+    chat = Script(SPOKEN, "Amount in the north region rose.", 'So.\nACTION: {"tool": "execute_code", "args": {"code": "1"}}',
+                  "The mean rating is lower in region south than in the rest.",
+                  "FINISH: Amount in the north region rose. The mean rating is higher in region east than in the rest.")
+    with Env(world.db_path) as env:
+        found = LLMAgent(chat, protocol="text").run(env)
+    sql = "SELECT count(*) AS n FROM orders"
+    assert [[c.evidence_sql for c in t.claims] for t in found.turns] == [[sql], [None]]  # code is no query
+    assert [c.evidence_sql for c in found.claims] == [sql, None]  # nothing was said about the east
+    log(tmp_path, stats={"final_summary": "Amount in the north region rose.", "completed": True})
+    replayed = read_log(tmp_path, world.schema)
+    assert replayed.turns[1].claims[0].evidence_sql == replayed.claims[0].evidence_sql == "b"
+
+
+def test_why_a_session_was_cut_off_is_told(world):
+    error = ChatError(503, message="the house is on fire")
+    with Env(world.db_path, tools=("sql",)) as env:
+        cut = LLMAgent(Script(SPOKEN, "NO INSIGHT", error), protocol="text").run(env)
+        asked = ReactiveAgent(LLMAgent(Script(*["FINISH:"] * 11, error), protocol="text"), build_checklist(world)).run(env)
+        whole = LLMAgent(Script("FINISH:"), protocol="text").run(env)
+    assert cut.error is error and len(cut.turns) == 1 and asked.error is error and not hasattr(whole, "error")
+
+
+# --- agents that never look -------------------------------------------------------------------------------------------
+
+
+def test_agents_that_are_served_together_hear_what_each_would_hear_alone():
+    model, words = module._measured_model("cpu", small=True), module._Bytes()
+    rules = "x" * 40
+    def talk(i, rules=rules):
+        return Request([{"role": "system", "content": rules}, {"role": "user", "content": f"shop {i}" * (i + 1)}], max_tokens=5)
+    alone = [TransformersChat(model, words).generate([talk(i)])[0].text for i in range(6)]
+    together = TogetherChat(model, words)
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(2):
+            found = list(pool.map(lambda i: together.generate([talk(i)])[0].text, range(6)))
+            assert found == alone
+    assert [r.text for r in together.generate([talk(i) for i in range(6)])] == alone and together.reused >= 6 * 40
+    before = together.reused
+    assert together.generate([talk(3)])[0].text == alone[3] and together.reused == before + 40 + len("\nshop ")  # one alone reuses, too
+    assert together.generate([talk(1, "other rules"), talk(0)])[1].text == alone[0]
+    assert pickle.loads(pickle.dumps(together)).generate([talk(2)])[0].text == alone[2]  # noqa: S301
+    with pytest.raises(TypeError, match="needs generate, TinyLM has none"):
+        TogetherChat(TinyLM(len(LETTERS)), LETTERS)
+
+
+def test_a_request_that_fails_is_an_error_for_who_asked():
+    together = TogetherChat(module._measured_model("cpu", small=True), module._Bytes())
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        together.generate([Request([{"role": "user", "content": ""}])])
+    assert together.generate([Request([{"role": "user", "content": "x"}], max_tokens=2)])[0].usage.completion_tokens == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=18, max_size=24), min_size=1, max_size=4), st.integers(0, 24))
+def test_a_common_beginning_leaves_each_row_something_to_read(rows, n):
+    kept = [tuple(rows[0][:n])] if n else []
+    found = module._beginning(rows, kept)
+    assert all(tuple(row[: len(found)]) == found and len(found) < len(row) for row in rows)
+    assert not found or found in kept or (len(found) >= 16 and len(rows) > 1)
+
+
+def test_the_measurement_runs_small(monkeypatch):
+    monkeypatch.setattr(module, "_long_session", lambda turns: a_session(3, np.random.default_rng(0)))
+    one, many, stop = module.measure("cpu", small=True)
+    assert (one["name"], many["name"], stop["name"]) == ("agents/decode_one", "agents/in_flight", "agents/one_pass")
+    assert many["agents"] == 6 and many["reused"] > 0 and stop["gap"] < 1e-3 and min(r["measured"] for r in (one, many, stop)) > 0

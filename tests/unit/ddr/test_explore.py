@@ -145,6 +145,66 @@ def test_the_blind_control_runs_no_query(shop: World, env: Env) -> None:
     assert all(c.value is None for c in said.claims)
 
 
+def claims_of(world: World) -> list[Claim]:
+    """What the checklist of a world asks for, and of another one with the opposite signs."""
+    mine = [item.claim for item in build_checklist(world).items]
+    return [*mine, *mine, *(replace(c, direction=-c.direction) for c in mine if c.direction)]
+
+
+def score(claims: Any, checklist: Any) -> float:
+    return float(np.mean([verdict(claims, item) == "CORRECT" for item in checklist.items]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_draws() -> Iterator[None]:
+    """The blind agent learns from some twenty other worlds, which takes less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore, "_OTHERS", 20)
+        explore._planted.cache_clear()
+        yield
+    explore._planted.cache_clear()
+
+
+def test_what_is_seen_elsewhere_is_worth_more_than_the_schema_alone() -> None:
+    worth: dict[str, list[float]] = {"schema": [], "elsewhere": []}
+    for seed in (30, 31, 32, 33):
+        world = make_world("retail", seed=seed, rows=1000)
+        with Env(world.db_path, tools=()) as env:
+            for name, agent in (("schema", BlindAgent(())), ("elsewhere", BlindAgent(claims_of(world)))):
+                found = agent.run(env)
+                assert len(found.claims) <= 100 and not any(t.tool for t in found.turns) and found.world == world.digest
+                worth[name].append(score(found.claims, build_checklist(world)))
+    assert min(worth["elsewhere"]) > 0.7 > 0.3 > np.mean(worth["schema"]) > 0.02
+
+
+def test_guesses_never_contradict_each_other_and_know_only_the_schema(shop: World) -> None:
+    for agent in (BlindAgent(()), BlindAgent((), sign=-1)):
+        with Env(shop.db_path, tools=()) as env:
+            claims = agent.run(env).claims
+        assert len({explore._subject(c) for c in claims}) == len(claims) == 100
+        assert all(explore._fits(c, shop.schema) and c.value is None for c in claims)
+    assert all(c.direction == -1 for c in claims if c.kind in explore._TWO_SIGNS)
+
+
+def test_what_was_seen_elsewhere_comes_first(shop: World) -> None:
+    seen = [Claim("trend", "orders.amount", direction=-1)] * 3 + [Claim("trend", "orders.amount", direction=1, value=3.0),
+            Claim("trend", "orders.nothing", direction=1), Claim("group_difference", "orders.amount", "stores.region", "mars", direction=1)]
+    with Env(shop.db_path, tools=()) as env:
+        first, *others = BlindAgent(seen).run(env).claims
+        asked = BlindAgent(seen, ["How does amount develop over the years?"]).run(env).claims
+    assert explore._subject(first)[:2] == ("trend", "orders.amount") and first.direction == -1 and len(others) == 99
+    assert [(c.metric, c.by, c.direction) for c in asked] == [("orders.amount", None, -1)]
+    with pytest.raises(ValueError, match="sign must be 1 or -1, got 2"):
+        BlindAgent(sign=2)
+
+
+def test_a_database_without_anything_to_guess(tmp_path: Path) -> None:
+    with duckdb.connect(str(tmp_path / "x.duckdb")) as db:
+        db.execute("CREATE TABLE t AS SELECT 'a' AS name")
+    with Env(tmp_path / "x.duckdb", tools=()) as env:
+        assert BlindAgent().run(env).claims == []
+
+
 def test_tables_without_dates_or_keys_are_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "plain.duckdb"
     with duckdb.connect(str(path)) as db:

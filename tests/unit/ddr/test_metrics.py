@@ -70,7 +70,7 @@ def reply(label="CORRECT_INFO", yes=(0,), no=(), **more):
 
 @pytest.mark.parametrize("name", VERDICTS)
 @pytest.mark.parametrize("form", ["{0}", "```\n{0}\n```", "**{0}**", "'{0}'", '{{"context_quality": "{0}"', 'so: {{"context_quality":"{0}", '
-                                  '"reasoning": "the phrase "INCORRECT_INFO" and CORRECT_INFO"}}', "{0}. Yes, {0}!", "{0},", "x={0}"])
+                                  '"reasoning": "the phrase "INCORRECT_INFO" and CORRECT_INFO"}}', "{0}. Yes, {0}!", "{0},", "My final verdict is {0}."])
 def test_a_whole_token_is_read_in_any_dress(name, form):
     assert metrics.parse_verdict(form.format(f"{name}_INFO")) == name
 
@@ -243,11 +243,11 @@ def test_chance_is_taken_out(checklist):
         metrics.check(half, checklist, blind=1.5)
 
 
-def test_the_blind_agent_is_worth_nothing(world, checklist):
+def test_the_blind_agent_is_worth_nothing_once_chance_is_out(world, checklist):
     with Env(world.db_path) as env:
-        blind = BlindAgent().run(env)
+        blind = BlindAgent([]).run(env)
     base = metrics.check(blind, checklist)
-    assert base.accuracy_item < 0.2 and metrics.check(blind, checklist, blind=base).chance_corrected == 0
+    assert 0 < base.accuracy_item < 0.5 and metrics.check(blind, checklist, blind=base).chance_corrected == 0
 
 
 def test_claims_above_the_budget(checklist):
@@ -598,3 +598,67 @@ def test_proportions_refuse(world):
         metrics.replicate([], world, rows_factor=0)
     with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
         metrics.replicate([], world, draws=0)
+
+
+# what looks like nothing, and evidence of turns
+
+@pytest.mark.parametrize("text", ["CORRECT_INFO would be wrong.", "CORRECT_INFO? No.", "CORRECT_INFO. Or rather the opposite", "far from CORRECT_INFO",
+                                  "I doubt that it is CORRECT_INFO", "CORRECT_INFO is ruled out", "neither here nor there: CORRECT_INFO", "x=CORRECT_INFO",
+                                  "one cannot, given what is said about all the other shops in the north, call it CORRECT_INFO"])
+def test_a_denial_in_any_words_is_no_verdict(checklist, text):
+    assert metrics.parse_verdict(text) == "CHECKER_FAILED"
+    assert ask(checklist, lambda task, r: text)[0].failed == len(checklist.items)
+
+
+def test_the_model_is_read_by_the_public_parser(checklist, monkeypatch):
+    monkeypatch.setattr(metrics, "parse_verdict", lambda text: "INSUFFICIENT")
+    assert ask(checklist, lambda task, r: reply(yes=(1,)))[0].insufficient == 1
+
+
+def test_texts_without_claims_are_no_zero(checklist):
+    bare = replace(checklist, items=[replace(item, claim=None) for item in checklist.items])
+    for run, items, text in ((Trajectory(turns=[Turn(insight="a"), Turn(insight="NO INSIGHT")], report="b"), checklist, "none of 2 texts comes with a claim"),
+                             (tells(known(checklist.items[0])), bare, "no item has a claim")):
+        with pytest.raises(ValueError, match=text):
+            metrics.check(run, items)
+        assert metrics.check(run, items, checker=metrics.LLMChecker(Judge(lambda task, r: reply(yes=())))).accuracy_item == 1
+    some = replace(checklist, items=[bare.items[0], *checklist.items[1:]])
+    assert metrics.check(tells(known(checklist.items[1])), some).accuracy_item == pytest.approx(1 / len(some.items))
+
+
+@pytest.mark.parametrize(("found", "stated", "good"), [
+    (0.25, {"kind": "missing_not_at_random", "value": 25.0, "unit": "percent"}, True),
+    (25.0, {"kind": "missing_not_at_random", "value": 25.0, "unit": "percent"}, False),
+    (0.25, {"kind": "missing_not_at_random", "value": 25.0, "unit": "percentage_points"}, False),
+    (5.0, {"kind": "lag", "other": "orders.rating", "value": 5.0, "unit": "EUR"}, False), (-4.0, {"kind": "trend", "direction": -1, "value": 4.0, "unit": "EUR"}, True),
+    (4.0, {"kind": "trend", "direction": -1, "value": -4.0, "unit": "EUR"}, False), (4.0, {"kind": "trend", "value": 4.0, "unit": "days"}, False),
+    (0.2, {"kind": "trend", "direction": 0}, None), (0.0, {"kind": "trend", "direction": 0}, True), (0.02, {"kind": "orphan_keys", "direction": 0}, False)])
+def test_units_and_denials_count(world, found, stated, good):
+    claim = Claim(**{"metric": "orders.amount", **stated})
+    with Env(world.db_path) as env:
+        assert metrics._agrees(claim, found, metrics._unit_of(claim, env)) is good
+
+
+def test_any_cell_of_the_turns_result_may_bear_a_claim_out(world):
+    sql = "SELECT region, count(*) AS n, avg(rating) AS r FROM orders JOIN stores USING (store_id) GROUP BY region ORDER BY region"
+    with SqlSandbox(world.db_path) as box:
+        rows = box.query(sql).data
+        said = [Claim("group_difference", "orders.rating", "stores.region", rows[2][0], direction=-1, value=v, evidence_sql=sql)
+                for v in (rows[2][2], rows[3][1], rows[1][2] - rows[0][2], 987654.0, None)]
+        turn = Turn(tool="execute_query", args={"query": sql}, claims=said)
+        assert metrics.faithfulness(Trajectory([turn]), box).verdict.tolist() == [*["FAITHFUL"] * 3, "UNFAITHFUL", "NO_EVIDENCE"]
+        other = replace(turn, args={"query": "SELECT 1"})  # evidence of its own: the first cell, which is a name
+        assert set(metrics.faithfulness(Trajectory([other]), box).verdict) == {"UNFAITHFUL"}
+        denied = replace(said[0], direction=0, value=None, evidence_sql="SELECT avg(rating) FROM orders")
+        assert metrics.recompute(denied, box) == "NO_EVIDENCE"
+
+
+def test_a_path_gets_one_sandbox(world, checklist, monkeypatch):
+    opened = []
+    monkeypatch.setattr(metrics, "SqlSandbox", type("Counted", (SqlSandbox,), {"__init__": lambda self, *a: opened.append(a) or SqlSandbox.__init__(self, *a)}))
+    assert set(metrics.faithfulness(tells(*map(known, checklist.items)), world.db_path).verdict) == {"FAITHFUL"} and len(opened) == 1
+
+
+def test_stored_claims_replicate(world, checklist):
+    stored = [{**vars(known(item)), "tables": list(item.claim.tables)} for item in checklist.items[:1]]
+    assert metrics.replicate(stored, world, draws=1, rows_factor=2).metric.tolist() == [checklist.items[0].claim.metric]

@@ -377,8 +377,8 @@ def test_a_released_checklist(tmp_path: Path) -> None:
         ("7-00", "7"),
     ]
     assert checklist.world == "" and all(item.claim is None for item in checklist.items)
-    result = check({"7": Trajectory([Turn(insight="x", claims=[Claim("trend", "t.y", direction=1)])])}, checklist)
-    assert (result.accuracy_item, result.insufficient) == (0, 1)
+    with pytest.raises(ValueError, match="no item has a claim, and the rules compare claims"):
+        check({"7": Trajectory([Turn(insight="x", claims=[Claim("trend", "t.y", direction=1)])])}, checklist)
 
 
 @pytest.mark.parametrize(
@@ -539,3 +539,27 @@ def test_real_data_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert again == path and Path(path).is_relative_to(tmp_path) and told.world == checklist.world == real[1].world
     assert [i.answer for i in told.items] == [i.answer for i in checklist.items] == [i.answer for i in real[1].items]
     assert isinstance(World(path, [], "real", 0, 0, 1.0).schema, Schema)
+
+
+@pytest.mark.parametrize("home", ["/dev/null/cache", "read only"])
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    if home == "read only":
+        home = str(tmp_path / "home")
+        Path(home, "collai", "ddr").mkdir(parents=True)
+        monkeypatch.setattr(module.os, "access", lambda path, mode: not str(path).startswith(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    made = []
+    for _ in range(2):
+        made.append(module._built("odd", ["key"], None, lambda db: db.execute("CREATE TABLE t AS SELECT 1 AS x")))
+    assert made[0] == made[1] and Path(made[0]).parent.parent == tmp_path and Path(made[0]).is_file()
+    if home != "/dev/null/cache":  # a cache that was filled before it was locked is read
+        there = module._in_cache("odd", module._code(), "key")
+        there.write_bytes(Path(made[0]).read_bytes())
+        assert module._built("odd", ["key"], None, lambda db: 1 / 0) == str(there) and not there.with_suffix(".lock").exists()
+
+
+def test_folders_that_are_no_sessions_are_left_out(tmp_path: Path) -> None:
+    for name in ("__pycache__", "_x", ".git_x", "patient_", "patient_7"):
+        (tmp_path / name).mkdir()
+    assert load_ddr_logs(tmp_path) == {"7": None}
