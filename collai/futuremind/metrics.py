@@ -215,22 +215,27 @@ def cover_em(pred: str, gold: str, boundary: bool = False) -> int:
     return int(f" {true} " in f" {said} " if boundary else true in said)
 
 # %% ../../nbs/futuremind/01_metrics.ipynb #db4fb60f
-def _closing(text: str, start: int) -> int:
-    """Index of the brace that closes the one before `start`, -1 if there is none; escaped braces do not count."""
-    depth, i = 1, start
-    while i < len(text):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if not depth:
-            return i
-        i += 2 if text[i] == "\\" else 1
-    return -1
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def _closings(text: str) -> dict[int, int]:
+    """Places of closing braces, by the place behind the opening one; escaped braces do not count. One pass."""
+    opened, closed = list[int](), dict[int, int]()
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif match[0] == "}" and opened:
+            closed[opened.pop()] = match.start()
+    return closed
 
 
 def _unwrap(text: str) -> str:
     """Replace each ``\\text{…}`` by what is in it."""
-    start = text.find("\\text{")
-    end = _closing(text, start + 6) if start >= 0 else -1
-    return text if end < 0 else text[:start] + text[start + 6 : end] + _unwrap(text[end + 1 :])
+    closed, idle = _closings(text), set[int]()
+    for match in re.finditer(r"\\text\{", text):
+        if match.end() in closed:
+            idle.update(range(*match.span()), [closed[match.end()]])
+    return "".join(c for i, c in enumerate(text) if i not in idle)
 
 # %% ../../nbs/futuremind/01_metrics.ipynb #ac5f7808
 def extract_boxed(text: str) -> str | None:
@@ -251,11 +256,9 @@ def extract_boxed(text: str) -> str | None:
     ValueError
         If `text` is no string.
     """
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", _text(text, "text")))):
-        end = _closing(text, match.end())
-        if end >= 0:
-            return _unwrap(text[match.end() : end]).strip()
-    return None
+    closed = _closings(_text(text, "text"))
+    whole = [match.end() for match in re.finditer(r"\\boxed\s*\{", text) if match.end() in closed]
+    return _unwrap(text[whole[-1] : closed[whole[-1]]]).strip() if whole else None
 
 # %% ../../nbs/futuremind/01_metrics.ipynb #cb073ab4
 _PARTS = ("", "sp_", "evi_", "joint_")
@@ -266,10 +269,11 @@ _Four = tuple[float, float, float, float]
 def _facts(value: Any, lower: bool, where: str) -> list[tuple[Any, ...]]:
     """Distinct (title, sentence id) pairs; titles in lower case if asked, which may make two of them equal."""
     try:
-        facts = {(_text(title, f"a title in {where}"), sentence) for title, sentence in value}
-    except TypeError as error:
+        facts = {(title, sentence) for title, sentence in value}
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where} must be a list of [title, sentence id], got {value!r}") from error
-    return [(title.lower(), sentence) if lower else (title, sentence) for title, sentence in facts]
+    names = {title: _text(title, f"a title in {where}") for title, _ in facts}
+    return [(names[title].lower() if lower else title, sentence) for title, sentence in facts]
 
 
 def _fact_scores(pred: list[tuple[Any, ...]], gold: list[tuple[Any, ...]]) -> _Four:
@@ -335,9 +339,18 @@ def _joint(parts: Sequence[_Four]) -> _Four:
 
 def _need(record: Mapping[str, Any], key: str) -> Any:
     """A field of a record, or a refusal that names both."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record must be an object, got {repr(record)[:60]}")
     if key not in record:
         raise ValueError(f"question {record.get('_id', record.get('id'))!r} has no key {key!r}")
     return record[key]
+
+
+def _listed(value: Any, where: str) -> Collection[Any]:
+    """A list, or a refusal that shows what was given."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Collection):
+        raise ValueError(f"{where} must be a list, got {value!r}")
+    return value
 
 
 def _report_missing(missing: Sequence[str], strict: bool) -> None:
@@ -362,7 +375,7 @@ def _totals(pred: Mapping[str, Any], gold: Sequence[Mapping[str, Any]], tasks: M
     sums = dict.fromkeys((prefix + kind for prefix in _PARTS for kind in _KINDS), 0.0)
     missing = []
     for dp in gold:
-        _need(dp, "answer")
+        _text(_need(dp, "answer"), f"answer of {dp.get('_id')!r}")
         name, parts = _need(dp, "_id"), []
         for prefix, (task, scorer) in zip(_PARTS, tasks.items(), strict=False):
             if name not in pred.get(task, {}):
@@ -443,7 +456,8 @@ def wiki2_scores(pred: Mapping[str, Any], gold: Sequence[Mapping[str, Any]],
                                                   _names(dp.get("answer_id"), dp["answer"], known)),
         "sp": lambda said, dp: _fact_scores(_facts(said, True, f"sp of {dp['_id']!r}"),
                                             _facts(_need(dp, "supporting_facts"), True, "supporting_facts")),
-        "evidence": lambda said, dp: _triple_scores(said, _gold_triples(dp, known))}
+        "evidence": lambda said, dp: _triple_scores(_listed(said, f"evidence of {dp['_id']!r}"),
+                                                     _gold_triples(dp, known))}
     raw = _totals(pred, gold, tasks, strict)
     return {**{key: round(value * 100, 2) for key, value in raw.items()}, "raw": raw}
 
@@ -469,13 +483,13 @@ def _support_f1(pred: Iterable[int], gold: Iterable[int]) -> float:
 
 def _musique_row(dp: Mapping[str, Any], one: Mapping[str, Any] | None) -> tuple[float, float, float, bool]:
     """EM, F1 and support F1 of one record, and whether its answerability was told."""
-    answer, golds = _need(dp, "answer"), dp.get("answer_aliases") or []
+    answer, golds = _text(_need(dp, "answer"), f"answer of {dp['id']!r}"), dp.get("answer_aliases") or []
     if one is None:
         return 0.0, 0.0, 0.0, False
     said, golds = _text(_need(one, "predicted_answer"), f"prediction of {dp['id']!r}"), [answer, *golds]
     support = [p["idx"] for p in _need(dp, "paragraphs") if p["is_supporting"]]
     return (float(max(musique_em(said, gold) for gold in golds)), max(musique_f1(said, gold) for gold in golds),
-            _support_f1(_need(one, "predicted_support_idxs"), support),
+            _support_f1(_listed(_need(one, "predicted_support_idxs"), f"support of {dp['id']!r}"), support),
             _need(one, "predicted_answerable") == _need(dp, "answerable"))
 
 # %% ../../nbs/futuremind/01_metrics.ipynb #d5d86548
@@ -834,8 +848,16 @@ def _question(dp: Mapping[str, Any], name: Any, text: str, answer: str, **rest: 
     """A question read from a file."""
     held: dict[str, Any] = {"aliases": [], "type": "bridge", "hops": 1, "supporting_facts": [], "evidences": [],
                             "logical_form": None, "answerable": True, **rest}
-    return Question(id=str(name), question=_text(_need(dp, text), "question"),
-                    answer=_text(_need(dp, answer), "answer"), **held)
+    said, true = (_text(_need(dp, key), f"{key.lower()} of question {name!r}") for key in (text, answer))
+    return Question(id=str(name), question=said, answer=true, **held)
+
+
+def _two(dp: Mapping[str, Any], key: str) -> list[Any]:
+    """A field that is a list of pairs."""
+    value = _need(dp, key)
+    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) == 2 for one in value):
+        raise ValueError(f"question {dp.get('_id')!r}: {key} must be a list of pairs, got {repr(value)[:60]}")
+    return value
 
 
 def _some(rows: list[Any], path: _PathLike) -> list[Any]:
@@ -849,8 +871,8 @@ def _hotpot_like(path: _PathLike, aliases: Mapping[str, Sequence[str]]) -> _Load
     """Questions and documents of a file in HotpotQA's form."""
     shelf, questions = _Shelf(), []
     for dp in json.loads(Path(path).read_text(encoding="utf-8")):
-        starts = {title: shelf.put(title, sentences) for title, sentences in _need(dp, "context")}
-        facts = [[title, i + starts.get(title, 0)] for title, i in _need(dp, "supporting_facts")]
+        starts = {title: shelf.put(title, sentences) for title, sentences in _two(dp, "context")}
+        facts = [[title, i + starts.get(title, 0)] for title, i in _two(dp, "supporting_facts")]
         others = sorted(_names(dp.get("answer_id"), _need(dp, "answer"), aliases) - {dp["answer"]})
         questions.append(_question(
             dp, _need(dp, "_id"), "question", "answer", aliases=others, type=dp.get("type", ""),
@@ -946,7 +968,11 @@ def load_musique(path: _PathLike) -> tuple[list[Question], list[Doc]]:
     shelf, questions = _Shelf(), []
     for line in Path(path).read_text(encoding="utf-8").split("\n"):
         if line.strip():
-            questions.append(_musique_question(json.loads(line), shelf))
+            name = _need(record := json.loads(line), "id")
+            try:
+                questions.append(_musique_question(record, shelf))
+            except KeyError as error:
+                raise ValueError(f"question {name!r} has no key {error}") from error
     return _some(questions, path), shelf.docs()
 
 # %% ../../nbs/futuremind/01_metrics.ipynb #02a65157
@@ -972,9 +998,10 @@ def _musique_question(dp: Mapping[str, Any], shelf: _Shelf) -> Question:
 # %% ../../nbs/futuremind/01_metrics.ipynb #ea780e72
 def _table(path: _PathLike) -> Iterator[dict[str, str]]:
     """Rows of a file with commas or tabs."""
-    text = Path(path).read_text(encoding="utf-8-sig")
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    yield from csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        yield from csv.DictReader(file, delimiter=delimiter)
 
 
 def load_bamboogle(path: _PathLike) -> tuple[list[Question], list[Doc]]:
@@ -1024,12 +1051,17 @@ def load_frames(path: _PathLike) -> tuple[list[Question], list[Doc]]:
     """
     questions = []
     for i, row in enumerate(_table(path)):
-        titles = [unquote(link.rstrip("/").rpartition("/")[2]).replace("_", " ")
-                  for link in _links(row.get("wiki_links") or "[]")]
+        titles = [_page(link) for link in _links(row.get("wiki_links") or "[]")]
         questions.append(_question({"_id": i, **row}, f"frames-{i}", "Prompt", "Answer",
                                    type=row.get("reasoning_types") or "",
                                    hops=max(1, len(titles)), supporting_facts=[[title, 0] for title in titles]))
     return _some(questions, path), []
+
+# %% ../../nbs/futuremind/01_metrics.ipynb #9d7250a7
+def _page(link: str) -> str:
+    """Title of the page that a link names: what follows /wiki/, slashes included, without anchor and query."""
+    path = re.split("[?#]", link)[0].rstrip("/")
+    return unquote(path.partition("/wiki/")[2] or path.rpartition("/")[2]).replace("_", " ")
 
 
 def _links(text: str) -> list[str]:
@@ -1063,16 +1095,21 @@ def load_corpus(path: _PathLike) -> list[Doc]:
     for line in Path(path).read_text(encoding="utf-8").split("\n"):
         if line.strip():
             row = json.loads(line)
-            match = re.match(r'"(.*)"\n', row.get("contents", ""))
-            if "contents" in row:
-                title = match[1] if match else str(_need(row, "id"))
-                text = row["contents"][match.end() if match else 0 :]
-            else:
-                title, text = _need(row, "title"), _need(row, "text")
+            title, text = _titled(row)
             shelf.put(title, _split(text))
     if not shelf.texts:
         raise ValueError(f"{Path(path).name} holds no document")
     return shelf.docs()
+
+
+def _titled(row: Any) -> tuple[str, str]:
+    """Title and text of a line of a corpus."""
+    if not isinstance(row, Mapping) or "contents" not in row:
+        title, text = (_text(_need(row, key), f"{key} of {row.get('id')!r}") for key in ("title", "text"))
+        return title, text
+    contents = _text(row["contents"], f"contents of {row.get('id')!r}")
+    match = re.match(r'"(.*)"\n', contents)
+    return (match[1], contents[match.end() :]) if match else (str(_need(row, "id")), contents)
 
 # %% ../../nbs/futuremind/01_metrics.ipynb #ada7b74c
 def _contexts(questions: Sequence[Question], docs: Sequence[Doc], least: int) -> list[list[Doc]]:
@@ -1290,6 +1327,22 @@ def write_2wiki_predictions(answers: Any, path: _PathLike) -> None:
     _write_json(path, {"answer": {name: text for name, text, _, _ in rows}, "sp": {name: sp for name, _, sp, _ in rows},
                        "evidence": {name: triples for name, _, _, triples in rows}})
 
+# %% ../../nbs/futuremind/01_metrics.ipynb #c7f09e25
+_Place = tuple[str, range, int]
+
+
+def _places(dp: Mapping[str, Any], shelf: _Shelf) -> list[_Place]:
+    """Title, sentence ids as `load_musique` counts them, and number of each paragraph."""
+    cut = [(p, _split(p["paragraph_text"])) for p in dp["paragraphs"]]
+    starts = [shelf.put(p["title"], said) for p, said in cut]
+    return [(p["title"], range(i, i + len(said)), p["idx"]) for (p, said), i in zip(cut, starts, strict=True)]
+
+
+def _cited(fact: Sequence[Any], places: Sequence[_Place]) -> list[int]:
+    """Number of the paragraph that holds a sentence; of the title's first one if none does."""
+    same = [(span, idx) for title, span, idx in places if title == fact[0]]
+    return [idx for span, idx in same if fact[1] in span] or [idx for _, idx in same[:1]]
+
 # %% ../../nbs/futuremind/01_metrics.ipynb #c7f09e26
 def write_musique_predictions(answers: Any, path: _PathLike, gold: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write predictions in the form that MuSiQue's script reads.
@@ -1301,19 +1354,20 @@ def write_musique_predictions(answers: Any, path: _PathLike, gold: Sequence[Mapp
     path : str or path-like
         The JSONL file.
     gold : sequence of dict
-        Lines of the released file, whose paragraph numbers stand for titles; without them no support is written.
+        Lines of the released file, all and in order: their paragraph numbers stand for the sentences that evidence
+        names, as `load_musique` counts them. Without them no support is written.
 
     Raises
     ------
     ValueError
         If a text is no string; names the question.
     """
-    waiting: dict[str, list[dict[str, int]]] = defaultdict(list)
-    for dp in reversed(gold):
-        waiting[dp["id"]].append({p["title"]: p["idx"] for p in dp["paragraphs"]})
+    shelf, waiting = _Shelf(), defaultdict[str, list[list[_Place]]](list)
+    for dp in gold:
+        waiting[dp["id"]].append(_places(dp, shelf))
     rows = []
     for name, text, facts, _ in _answers(answers):
-        places = waiting[name].pop() if waiting[name] else {}
+        places = waiting[name].pop(0) if waiting[name] else []
         rows.append({"id": name, "predicted_answer": text, "predicted_answerable": bool(text),
-                     "predicted_support_idxs": sorted({places[title] for title, _ in facts if title in places})})
+                     "predicted_support_idxs": sorted({i for fact in facts for i in _cited(fact, places)})})
     _write_lines(path, rows)

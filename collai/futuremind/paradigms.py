@@ -259,10 +259,10 @@ def _holds(step: Step, text: str, view: Mapping[str, tuple[str, ...]]) -> bool:
 
 
 def _read(state: _State, step: Step, hits: Sequence[Any], view: Mapping[str, tuple[str, ...]]) -> list[Candidate]:
-    """What the student reads in the hits, filtered."""
+    """What the student reads in the hits, filtered; a candidate without text is none."""
     found = state.student.read(step, list(hits), dict(view))
     candidates = [c if hasattr(c, "text") else Candidate(str(c)) for c in found or ()]
-    return [c for c in candidates if _holds(step, c.text, view)]
+    return [c for c in candidates if c.text.strip() and _holds(step, c.text, view)]
 
 # %% ../../nbs/futuremind/04_paradigms.ipynb #4f5b1c6b
 def _take(state: _State, step: Step, reads: Sequence[tuple[str, Sequence[Any], list[Candidate]]], at: int) -> None:
@@ -347,14 +347,15 @@ def _evidence(state: _State) -> list[tuple[str, int]]:
 def _frequencies(retriever: Any, queries: Sequence[str], k: int) -> tuple[list[int], dict[str, Any]]:
     """Document frequency of each query, and the hits of the queries when they had to be searched for it.
 
-    A retriever that has words is asked for the rarest word: no more documents can hold them all. Any other retriever is
-    asked for the query itself, and the hits with a positive score are counted.
+    A retriever that has words, or one that fuses such a retriever with others, is asked for the rarest word: no more
+    documents can hold them all. Any other is asked for the query itself; hits with a positive score are counted.
     """
-    words = [re.findall(r"\w+", query) if hasattr(retriever, "tokenize") else [query] for query in queries]
+    sparse = next((r for r in (retriever, *getattr(retriever, "retrievers", ())) if hasattr(r, "tokenize")), None)
+    words = [re.findall(r"\w+", query) if sparse else [query] for query in queries]
     asked = list(dict.fromkeys(word for group in words for word in group))
-    hits = dict(zip(asked, retriever.search(asked, _MANY), strict=True)) if asked else {}
+    hits = dict(zip(asked, (sparse or retriever).search(asked, _MANY), strict=True)) if asked else {}
     count = {word: sum(getattr(hit, "score", 1.0) > 0 for hit in found) for word, found in hits.items()}
-    known = {} if hasattr(retriever, "tokenize") else {query: list(hits[query])[:k] for query in queries}
+    known = {} if sparse else {query: list(hits[query])[:k] for query in queries}
     return [min((count[w] for w in group if count[w]), default=0) for group in words], known
 
 

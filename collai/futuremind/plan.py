@@ -23,7 +23,7 @@ _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augu
 _DATE = re.compile(r"\b(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)\b"
                    rf"|\b(?P<d2>\d{{1,2}}) (?P<m2>{'|'.join(_MONTHS)}),? (?P<y2>\d{{4}})\b"
                    rf"|\b(?P<m3>{'|'.join(_MONTHS)}) (?P<d3>\d{{1,2}}),? (?P<y3>\d{{4}})\b", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d{1,15}(?:\.\d+)?")
+_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?")
 
 
 def _key(text: str) -> str:
@@ -67,7 +67,7 @@ def _ordered(value: Value) -> date | int | float:
     if found:
         return found
     text = number.group().replace(",", "")  # type: ignore[union-attr]
-    return float(text) if "." in text else int(text)
+    return float(text) if "." in text or len(text) > 300 else int(text)
 
 
 def _pair(a: Value, b: Value) -> tuple[Any, Any]:
@@ -428,10 +428,11 @@ def _cycle(parents: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _order(parents: Mapping[str, Sequence[str]]) -> list[str]:
     """Ids so that parents come first; in the given order where nothing speaks against it."""
-    done: list[str] = []
-    while left := [i for i in parents if i not in done]:
-        done.append(next((i for i in left if all(p in done for p in parents[i])), left[0]))
-    return done
+    done, left = dict[str, None](), dict.fromkeys(parents)
+    while left:
+        ready = next((i for i in left if all(p in done for p in parents[i])), next(iter(left)))
+        done[ready] = left.pop(ready)
+    return list(done)
 
 
 def _depth(parents: Mapping[str, Sequence[str]]) -> int:
@@ -521,7 +522,7 @@ def _check_names(items: Sequence[Condition | Step], kind: str) -> None:
     known = {item.id for item in items} | {name for item in items for name in item.binds}
     for item in items:
         for name in item.binds:
-            if not name.isidentifier():
+            if not _BRACES.fullmatch(f"{{{name}}}"):
                 raise ValueError(f"{kind} {item.id} binds {name!r}, which is no identifier")
         for name in _needs(item):
             if name not in known:
@@ -581,6 +582,8 @@ def _field(value: Any, field: Any, place: str) -> Any:
             raise ValueError(f"{place}: {field.name} must be a text, got {type(value).__name__} {repr(value)[:40]}")
         return value or ""
     if field.type is bool:
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{place}: {field.name} must be true or false, got {repr(value)[:40]}")
         return bool(value)
     items = _names(value) if field.name in ("needs", "binds") and isinstance(value, str) else _texts(value)
     if not all(isinstance(v, str | Condition | Step) for v in items):
@@ -620,7 +623,7 @@ def _from_json(text: str | Mapping[str, Any]) -> "Plan":
     """
     try:
         data = json.loads(text) if isinstance(text, str) else dict(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"a plan must be JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"a plan must be a JSON object, got {type(data).__name__}")

@@ -559,7 +559,8 @@ def _minilm_encode(self: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n 38
         If `texts` is a single text or holds something else.
     """
     words, weights = self._loaded()
-    rows = [np.array(entry.ids) for entry in words.encode_batch(_checked_texts(texts))]
+    whole = [text.encode("utf-8", "replace").decode() for text in _checked_texts(texts)]  # half a surrogate pair: "?"
+    rows = [np.array(entry.ids) for entry in words.encode_batch(whole)]
     out = np.empty((len(rows), _WIDTH), dtype=np.float32)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):

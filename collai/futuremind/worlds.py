@@ -1133,7 +1133,7 @@ def _questions(self: "World", n: SupportsIndex, types: Sequence[str] | None = No
     Raises
     ------
     ValueError
-        If n, types or hops make no sense, or fewer than n exist: the message says how many do.
+        If n, types or hops make no sense, or fewer than n exist among the world's candidates: the message says how many do.
     """
     wanted, n, (least, most) = _wanted(n, types, hops), operator.index(n), hops
     rng = np.random.default_rng([seed, 7])

@@ -3,6 +3,7 @@ import json
 import warnings
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -432,3 +433,93 @@ def test_bad_files_and_bad_documents_are_refused(tmp_path):
         metrics.write_2wiki([question()], documents() + documents()[:1], tmp_path / "w.json")
     with pytest.raises(ValueError, match="question 'q0': there is no document 'Fenn Tarr'"):
         metrics.write_hotpot([question()], documents()[:1], tmp_path / "w.json")
+
+
+# ---- what others wrote
+
+@pytest.mark.parametrize(("text", "boxed"), [
+    ("\\boxed{" + "\\text{a}" * 3000 + "}", "a" * 3000), ("\\boxed{" * 20_000, None),
+    ("\\boxed{" * 20_000 + "B}", "B"), (r"\boxed{\text{a \text{b}}}", "a b"), (r"{ } } \boxed{A} \text{x", "A"),
+    (r"\boxed{\text{cut}", None), (r"{\boxed{A}", "A"), ("\\", None)])
+def test_boxes_of_any_length_and_depth_are_read_in_one_pass(text, boxed):
+    assert extract_boxed(text) == boxed
+
+
+def test_links_with_slashes_anchors_and_queries_name_their_pages(tmp_path):
+    wiki = "https://en.wikipedia.org/wiki/"
+    links = [wiki + end for end in ("AC/DC", "Emma_Stone#Filmography", "What%3F", "C%23/", "Lorn?wprov=sfti1")]
+    text = "\tPrompt\tAnswer\treasoning_types\twiki_links\n" + f'0\tOne\u2028line\tAn\x85swer\tTabular\t"{links!r}"\n'
+    (tmp_path / "test.tsv").write_text(text, encoding="utf-8")
+    (one,), _ = metrics.load_frames(tmp_path / "test.tsv")
+    assert (one.question, one.answer, one.hops) == ("One\u2028line", "An\x85swer", 5)
+    assert [title for title, _ in one.supporting_facts] == ["AC/DC", "Emma Stone", "What?", "C#", "Lorn"]
+    titles = ["AC/DC", "Who's Who?", "C#", "100% Élan"]
+    metrics.write_frames([question(supporting_facts=[[title, 0] for title in titles])], [], tmp_path / "own.csv")
+    assert [title for title, _ in metrics.load_frames(tmp_path / "own.csv")[0][0].supporting_facts] == titles
+
+
+HOTPOT = {"_id": "h1", "question": "Who?", "answer": "x", "supporting_facts": [["A", 0]], "context": [["A", ["a."]]]}
+MUSIQUE = {"id": "m1", "paragraphs": [{"idx": 0, "title": "A", "paragraph_text": "A.", "is_supporting": True}],
+           "question": "Who?", "question_decomposition": [], "answer": "x", "answer_aliases": [], "answerable": True}
+
+
+@pytest.mark.parametrize(("load", "text", "message"), [
+    ("load_hotpot", json.dumps([{**HOTPOT, "answer": None}]), "answer of question 'h1' must be a string, got None"),
+    ("load_hotpot", json.dumps([{**HOTPOT, "question": 7}]), "question of question 'h1' must be a string, got 7"),
+    ("load_hotpot", json.dumps([{**HOTPOT, "supporting_facts": [["A"]]}]), "question 'h1': supporting_facts must be a list of pairs"),
+    ("load_hotpot", json.dumps([{**HOTPOT, "context": {"title": []}}]), "question 'h1': context must be a list of pairs"),
+    ("load_2wiki", json.dumps({"data": [HOTPOT]}), "a record must be an object, got 'data'"),
+    ("load_musique", json.dumps({**MUSIQUE, "paragraphs": [{"idx": 0, "title": "A", "paragraph_text": "A."}]}),
+     "question 'm1' has no key 'is_supporting'"),
+    ("load_musique", json.dumps({**MUSIQUE, "answer": None}), "answer of question 'm1' must be a string, got None"),
+    ("load_musique", "[1]", r"a record must be an object, got \[1\]"),
+    ("load_bamboogle", "Question,Answer\nWho?\n", "answer of question 'bamboogle-0' must be a string, got None"),
+    ("load_corpus", '{"id": "1", "contents": null}', "contents of '1' must be a string, got None"),
+    ("load_corpus", '{"id": "1", "title": "A", "text": 3}', "text of '1' must be a string, got 3"),
+    ("load_corpus", "7", "a record must be an object, got 7")])
+def test_a_bad_record_is_refused_by_its_name(tmp_path, load, text, message):
+    (tmp_path / "file").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        getattr(metrics, load)(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"sp": {"q": [["A"]]}}, r"sp of 'q' must be a list of \[title, sentence id\], got \[\['A'\]\]"),
+    ({"evidence": {"q": None}}, "evidence of 'q' must be a list, got None"),
+    ({"evidence": {"q": "abc"}}, "evidence of 'q' must be a list, got 'abc'"),
+    ({"gold": None}, "answer of 'q' must be a string, got None")])
+def test_what_a_file_holds_in_place_of_a_list_or_a_text_is_named(change, message):
+    gold = {"_id": "q", "answer": change.pop("gold", "x"), "supporting_facts": [["A", 0]], "evidences": [["A", "r", "x"]]}
+    pred = {"answer": {"q": "x"}, "sp": {"q": [["A", 0]]}, "evidence": {"q": [["A", "r", "x"]]}, **change}
+    with pytest.raises(ValueError, match=message):
+        wiki2_scores(pred, [gold])
+
+
+@pytest.mark.parametrize(("pred", "gold", "message"), [
+    ({"predicted_support_idxs": None}, {}, "support of 'm1' must be a list, got None"),
+    ({}, {"answer": None}, "answer of 'm1' must be a string, got None")])
+def test_bad_musique_records_are_named(pred, gold, message):
+    said = {"id": "m1", "predicted_answer": "x", "predicted_support_idxs": [0], "predicted_answerable": True, **pred}
+    with pytest.raises(ValueError, match=message):
+        musique_scores([said], [{**MUSIQUE, **gold}])
+    with pytest.raises(ValueError, match="a record must be an object, got 'm1'"):
+        musique_scores({"m1": "x"}, [MUSIQUE])
+
+
+def test_evidence_in_one_of_several_paragraphs_with_a_title_names_that_paragraph(tmp_path):
+    texts = {"Green": ["Green is by Steve.", "Green is a colour. It is old.", "Green won."], "Mira": ["Mira sings."]}
+    paragraphs = [{"idx": i, "title": title, "paragraph_text": text, "is_supporting": i == 0}
+                  for i, (title, text) in enumerate((t, text) for t, some in texts.items() for text in some)]
+    rows = [{**MUSIQUE, "paragraphs": paragraphs}, {**MUSIQUE, "id": "m2", "paragraphs": paragraphs[::-1]}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loaded, (green, _) = metrics.load_musique(tmp_path / "m.jsonl")
+    assert green.sentences == ["Green is by Steve.", "Green is a colour.", "It is old.", "Green won."]
+    for sentence, idx in ((0, 0), (1, 1), (2, 1), (3, 2)):
+        said = SimpleNamespace(text="x", evidence=[("Green", sentence), ("Mira", 5)])
+        metrics.write_musique_predictions({"m1": said, "m2": said}, tmp_path / "p.jsonl", rows)
+        pred = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+        assert [row["predicted_support_idxs"] for row in pred] == [[idx, 3]] * 2
+    exact = {q.id: SimpleNamespace(text=q.answer, evidence=q.supporting_facts) for q in loaded}
+    metrics.write_musique_predictions(exact, tmp_path / "p.jsonl", rows)
+    pred = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert musique_scores(pred, rows)["support_f1"] == 1

@@ -22,6 +22,7 @@ from collai.futuremind.paradigms import (
     segments,
 )
 from collai.futuremind.plan import Condition, Plan, Step
+from collai.futuremind.retrieval import BM25Retriever, Corpus, DenseRetriever, HybridRetriever, SvdEmbedder
 
 RUNS = (run_forward, run_reverse, run_parallel)
 
@@ -281,3 +282,36 @@ def test_votes_of_equal_coins_are_binomial():
     right, wrong = binom.sf(np.arange(5), 5, 0.8), binom.sf(np.arange(5), 5, 0.1)
     score = 2 * right / (1 + right + 100 * wrong)
     assert best_vote([0.8] * 5, [0.1] * 5) == (int(score.argmax()) + 1, pytest.approx(score.max()))
+
+
+class Strict(Index):
+    """Refuses empty queries, as the retrievers of this chain do."""
+
+    def search(self, queries, k=10):
+        assert all(query.strip() for query in queries)
+        return super().search(queries, k)
+
+
+def test_a_candidate_without_text_is_none():
+    student = Student({"q": ["", "  ", "a"], "a": ["b"]})
+    student.retriever = Strict(student.retriever.facts)
+    plan = plan_of([Step("S1", "q", (), "x", "person*"), Step("S2", "{x}", "x", "y", "text")], "y")
+    for run in (*RUNS, run_plan):
+        out = run(plan, student)
+        assert [c.text for c in out.candidates] == ["b"] and out.searches == 2
+        student.retriever.facts = {"q": ["", " "], "a": ["b"]}
+        assert run(plan, student).candidates == []
+        student.retriever.facts = {"q": ["", "  ", "a"], "a": ["b"]}
+
+
+def test_a_fused_retriever_is_asked_for_words_through_its_sparse_part():
+    docs = [SimpleNamespace(title="Zorb Prize", sentences=["It was won by Ann."]),
+            *(SimpleNamespace(title=f"Band {i}", sentences=["A member played."]) for i in range(30))]
+    corpus = Corpus.from_docs(docs)
+    sparse = BM25Retriever(corpus)
+    fused = HybridRetriever(DenseRetriever(corpus, SvdEmbedder(8)), sparse)
+    queries = ["member played", "played in a band", "won Zorb Prize"]
+    assert choose_paradigm(unary(queries), sparse) == choose_paradigm(unary(queries), fused) == "B"
+    student = SimpleNamespace(retriever=fused, read=lambda step, hits, bindings: ["Ann"])
+    out = run_reverse(unary(queries), student)
+    assert out.trace[0]["query"] == "won Zorb Prize" and out.searches == 3

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import FrozenInstanceError, replace
 from datetime import date
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import networkx as nx
 import pytest
@@ -202,3 +202,47 @@ def test_the_schema_describes_what_is_written():
     schema["properties"].clear()
     assert plan_schema()["properties"]["paradigm"]["enum"] == ["A", "B", "C", "mixed"]
     assert math.isclose(len(plan_schema()["properties"]), 9)
+
+
+def test_long_numbers_are_read_whole():
+    long = {"x": "12345678901234567890", "y": "12345678901234567891", "huge": "9" * 6000}
+    assert evaluate("x < y", long) is True and evaluate("y - x", long) == 1
+    assert evaluate("huge > x", long) is True and evaluate("huge - 0.5 > 1", long) is True
+
+
+def test_json_nested_without_end_is_refused_and_a_flag_must_be_a_flag():
+    with pytest.raises(ValueError, match="a plan must be JSON"):
+        Plan.from_json("[" * 200_000)
+    for flag in ("false", 0, []):
+        data = json.loads(GOOD.to_json())
+        data["conditions"][0]["unary"] = flag
+        with pytest.raises(ValueError, match=r"conditions\[0\]: unary must be true or false, got "):
+            Plan.from_json(data)
+    data["conditions"][0]["unary"] = None
+    assert Plan.from_json(data).conditions[0].unary is False
+
+
+def test_a_bound_name_can_always_stand_in_braces():
+    with pytest.raises(ValueError, match="step S1 binds 'é', which is no identifier"):
+        replace(GOOD, conditions=(), steps=[replace(S1, binds="é"), S2]).validate()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sets(st.sampled_from("uvw"), max_size=2), st.sets(st.sampled_from("uvw"), max_size=2)),
+                min_size=1, max_size=4))
+def test_an_order_that_settles_every_need_exists_exactly_when_there_is_no_cycle(rows):
+    items = [Condition(f"K{i}", "", needs=sorted(needs), binds=sorted(binds)) for i, (needs, binds) in enumerate(rows)]
+    bound = {name for item in items for name in item.binds}
+
+    def settled(item, name, before):
+        binders = [i for i in items if name in i.binds]
+        sources = [i for i in binders if name not in i.needs]
+        wanted = (sources if name in item.binds else binders) or binders
+        return bool(wanted) and all(i in before for i in wanted)
+    works = any(all(settled(item, name, order[:k]) for k, item in enumerate(order) for name in item.needs)
+                for order in permutations(items))
+    try:
+        replace(GOOD, conditions=items).validate()
+        assert works
+    except ValueError as error:
+        assert not works and ("form a cycle" in str(error) or not {n for i in items for n in i.needs} <= bound)

@@ -535,3 +535,11 @@ def test_a_way_that_fails_is_named_and_another_device_refused(monkeypatch):
     assert "left out" in told["eager"]
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
         measure("tpu")
+
+
+@has_model
+def test_a_text_with_half_a_surrogate_pair_has_a_vector_and_a_place_in_the_cache(tmp_path):
+    model = MiniLMEmbedder()
+    odd, whole = model.encode(["river \ud800 city"]), model.encode(["river ? city"])
+    assert np.array_equal(odd, whole)
+    assert np.array_equal(cached(model, tmp_path / "e.sqlite").encode(["river \ud800 city"]), odd)
