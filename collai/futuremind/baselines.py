@@ -25,7 +25,16 @@ from ..eval.store import Store, run_cells
 from .metrics import EmbeddedJudge, cover_em, extract_boxed, hotpot_em, hotpot_f1, normalize_answer
 from .plan import Step
 from .retrieval import BM25Retriever, Corpus
-from .students import Answer, FutureMind, Ledger, ReaderStudent, _asked_type, _fenced, _Reader
+from collai.futuremind.students import (
+    Answer,
+    FutureMind,
+    Ledger,
+    ReaderStudent,
+    Session,
+    asked_type,
+    endpoint_failed,
+    fenced,
+)
 from .teachers import SymbolicTeacher
 from .worlds import Question, make_world
 
@@ -62,7 +71,7 @@ class _Talk:
         hits = self.retriever.search([query], k)[0]
         pages = [(hit.title, list(self.retriever.corpus.sentences(hit.doc_id))) for hit in hits]
         self.pages += [page for page in pages if page not in self.pages]
-        return _harmless(_fenced(pages))
+        return _harmless(fenced(pages))
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #278f09b5
 def _sources(text: str, pages: Sequence[tuple[str, Sequence[tuple[int, str]]]]) -> list[tuple[str, int]]:
@@ -85,7 +94,7 @@ def _told(work: Callable[[_Talk, list[dict[str, Any]]], str], student: Any) -> A
     try:
         text = work(talk, trace)
     except ChatError as error:
-        trace.append({"step": "answer", "reason": f"the endpoint failed: {error}"})
+        trace.append(endpoint_failed(error))
     return _finish(text, _sources(text, talk.pages), trace, talk.spent, began)
 
 
@@ -140,7 +149,7 @@ class _Walk:
     """The reader on its way through one question, by (fm.7.1)."""
 
     def __init__(self, student: Any, question: str, titles: Collection[str]) -> None:
-        self.reader, self.asked, self.titles = _Reader(student), question, set(titles)
+        self.reader, self.asked, self.titles = Session(student), question, set(titles)
         self.values: dict[str, str] = {}
         self.dead: set[str] = set()
         self.evidence: list[tuple[str, int]] = []
@@ -155,7 +164,7 @@ class _Walk:
         elif not made and shares:
             made = [(f"the {shares[1]} of {name}", "text") for name in names]
         elif not made and not _settled(self) and not _SAME.search(self.asked) and len(_YEAR.findall(self.asked)) < 2:
-            made = [(self.asked, "person*" if _COUNTS.search(self.asked) else _asked_type(self.asked))]
+            made = [(self.asked, "person*" if _COUNTS.search(self.asked) else asked_type(self.asked))]
         return [pair for pair in dict.fromkeys(made) if pair[0] not in self.dead and pair[0] not in self.values]
 
     def take(self, query: str, extract: str, hits: Sequence[Any]) -> Any:
@@ -287,11 +296,20 @@ def _rag(self: "StandardRAG", question: str) -> Answer:
             trace.append({"step": "search", "query": question})
             return extract_boxed(talk.say(_RAG, f"{talk.search(question, self.k)}\nQuestion: {question}")) or ""
         return _told(work, self.student)
-    began, walk = time.perf_counter(), _Walk(self.student, question, ())
-    found = walk.take(question, _asked_type(question), self.student.retriever.search([question], self.k)[0])
-    return _walked(walk, [{"step": "search", "query": question}], 1, 1, began, found.text if found else "")
+    return _rag_read(self, question)
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #4c9332fd
+def _rag_read(self: "StandardRAG", question: str) -> Answer:
+    """The reader's side: what (fm.7.1) gives with the documents of one search and no other page."""
+    began, hits = time.perf_counter(), self.student.retriever.search([question], self.k)[0]
+    closed = self.student.closed(hits) if hasattr(self.student, "closed") else self.student
+    walk = _Walk(closed, question, [getattr(hit, "title", hit) for hit in hits])
+    for _ in range(self.k):
+        if todo := walk.todo():
+            walk.take(*todo[0], hits)
+    return _walked(walk, [{"step": "search", "query": question}], 1, 1, began, _conclusion(walk))
+
+
 class StandardRAG:
     """One search with the question itself, then the answer.
 
@@ -448,7 +466,7 @@ class _ReaderMind:
         """The next query, or the box."""
         todo = self.walk.todo()
         if not text:
-            self.next = (self.first, _asked_type(self.first))
+            self.next = (self.first, asked_type(self.first))
         elif todo and _NO_MORE not in text:
             self.next = todo[0]
         else:
@@ -501,7 +519,7 @@ def _reasoned(self: "SearchO1", question: str) -> Answer:
             note = _served(self, mind, text, query, sent, trace)
             text += f"{said[: match.start()]}{_BEGIN_QUERY}{query}{_END_QUERY}\n{_BEGIN_RESULT}{note}{_END_RESULT}\n"
     except ChatError as error:
-        trace.append({"step": "answer", "reason": f"the endpoint failed: {error}"})
+        trace.append(endpoint_failed(error))
     if answer is None and not (trace and "reason" in trace[-1]):
         trace.append({"step": "answer", "reason": "no box"})
     return mind.end(answer or "", trace, began)
@@ -634,6 +652,8 @@ def _record(method: Any, questions: Sequence[Question], seed: int) -> dict[str, 
 def _row(method: Any, q: Question, seed: int) -> dict[str, Any]:
     """Scores and cost of one answer; the method sees the text of the question only."""
     answer = method.answer(q.question)
+    if outage := next((entry["reason"] for entry in answer.trace if entry.get("outage")), None):
+        raise ConnectionError(outage)  # no answer of the model: must not be stored as a wrong one
     golds = [gold for gold in (q.answer, *q.aliases) if normalize_answer(gold)]
     titles, seen = {title for title, _ in q.supporting_facts}, {title for title, _ in answer.evidence}
     said, spent = answer.text, answer.ledger
@@ -722,8 +742,9 @@ def evaluate(method: Any, questions: Sequence[Question], workers: SupportsIndex 
     Raises
     ------
     ValueError
-        If there is no question, two have one id, `workers` < 1, or the file belongs to another run (names the
-        difference).
+        If there is no question, two have one id, `workers` < 1, or the file is that of another run (says how).
+    ConnectionError
+        If an endpoint failed three times on one question; what was finished is kept at `resume`.
     """
     ids = [q.id for q in questions]
     if len(set(ids)) < len(ids):

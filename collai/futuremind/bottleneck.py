@@ -159,10 +159,8 @@ _OBJECTS = {relation.noun: relation.object for relation in RELATIONS.values()}
 def _unfold(student: Any, step: Step, query: str, hits: Sequence[Any]) -> list[Candidate]:
     """Read a nested instruction from the inside out, searching for what is found on the way."""
     phrase = query.rpartition(" states the ")[2]
-    if phrase.startswith(_PAGE):
-        return [Candidate(phrase.removeprefix(_PAGE))]
     first, *later = phrase.split(" of the ")[::-1]
-    if not later:
+    if not later or phrase.startswith(_PAGE):
         return student.reader.read(replace(step, query=query), hits, {})
     text, nouns = first, [next((n for n in _OBJECTS if first.startswith(f"{n} of ")), ""), *later]
     for i, noun in enumerate(nouns):
@@ -233,7 +231,7 @@ def _draw(self: "LimitedStudent", query: str) -> float:
 
 # %% ../../nbs/futuremind/08_bottleneck.ipynb #fc20797d
 class LimitedStudent:
-    """A reader that can unfold nested instructions and open pages, with set limits.
+    """A reader that can unfold nested instructions, with set limits.
 
     Parameters
     ----------

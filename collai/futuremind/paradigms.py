@@ -192,7 +192,8 @@ class Run:
     rounds : int
         Stages of search and reading that had to wait for each other (the critical path).
     trace : list of dict
-        One entry a query: step, round, query, titles of the hits, texts found, and values bound afterwards.
+        One entry a query: step, round, query, titles of the hits, texts found, values bound afterwards, and the
+        reason when the filter could not be computed; the last one has the reason when the target could not be.
     """
 
     candidates: list[Candidate]
@@ -250,25 +251,29 @@ def _queries(step: Step, view: Mapping[str, tuple[str, ...]]) -> list[tuple[str,
     return jobs
 
 
-def _holds(step: Step, text: str, view: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether a candidate passes the filter; what can't be read does not pass."""
+def _holds(step: Step, text: str, view: Mapping[str, tuple[str, ...]]) -> tuple[bool, str]:
+    """Whether a candidate passes the filter, and why it can't be read; what can't be read does not pass."""
     try:
-        return not step.filter or bool(evaluate(step.filter, {**view, "x": (text,)}))
-    except ValueError:
-        return False
+        return not step.filter or bool(evaluate(step.filter, {**view, "x": (text,)})), ""
+    except ValueError as error:
+        return False, f"filter {step.filter!r}: {error}"
 
 
-def _read(state: _State, step: Step, hits: Sequence[Any], view: Mapping[str, tuple[str, ...]]) -> list[Candidate]:
-    """What the student reads in the hits, filtered; a candidate without text is none."""
+def _read(state: _State, step: Step, hits: Sequence[Any],
+          view: Mapping[str, tuple[str, ...]]) -> tuple[list[Candidate], str]:
+    """What the student reads in the hits, filtered, and why the filter failed; a candidate without text is none."""
     found = state.student.read(step, list(hits), dict(view))
     candidates = [c if hasattr(c, "text") else Candidate(str(c)) for c in found or ()]
-    return [c for c in candidates if c.text.strip() and _holds(step, c.text, view)]
+    candidates = [c for c in candidates if c.text.strip()]
+    held = [_holds(step, c.text, view) for c in candidates]
+    reason = next((why for _, why in held if why), "")
+    return [c for c, (passed, _) in zip(candidates, held, strict=True) if passed], reason
 
 # %% ../../nbs/futuremind/04_paradigms.ipynb #4f5b1c6b
-def _take(state: _State, step: Step, reads: Sequence[tuple[str, Sequence[Any], list[Candidate]]], at: int) -> None:
+def _take(state: _State, step: Step, reads: Sequence[tuple[str, Sequence[Any], list[Candidate], str]], at: int) -> None:
     """Bind what the queries of a step found, and write the trace."""
     best: dict[str, Candidate] = {}
-    for _, _, found in reads:
+    for _, _, found, _ in reads:
         for candidate in found:
             key = _key(candidate.text)
             if key not in best or candidate.score > best[key].score:
@@ -277,10 +282,10 @@ def _take(state: _State, step: Step, reads: Sequence[tuple[str, Sequence[Any], l
     for name in step.binds:
         state.bind(name, best)
     bound = {name: [c.text for c in state.values[name].values()] for name in step.binds}
-    for query, hits, found in reads:
+    for query, hits, found, reason in reads:
         titles = [hit if isinstance(hit, str) else str(getattr(hit, "title", hit)) for hit in hits]
         state.trace.append({"step": step.id, "round": at, "query": query, "titles": titles,
-                            "found": [c.text for c in found], "bound": bound})
+                            "found": [c.text for c in found], "bound": bound, **({"reason": reason} if reason else {})})
 
 # %% ../../nbs/futuremind/04_paradigms.ipynb #68a7bb1e
 def _execute(plan: Plan, student: Any, parents: Mapping[str, Sequence[str]], known: Mapping[str, Any]) -> Run:
@@ -297,7 +302,7 @@ def _execute(plan: Plan, student: Any, parents: Mapping[str, Sequence[str]], kno
             hits.update(zip(new, student.retriever.search(new, k), strict=True))
         asked.update(dict.fromkeys(new))
         rounds += any(jobs.values())
-        reads = {i: [(q, hits[q], _read(state, steps[i], hits[q], seen)) for q, seen in jobs[i]] for i in level}
+        reads = {i: [(q, hits[q], *_read(state, steps[i], hits[q], seen)) for q, seen in jobs[i]] for i in level}
         for i in level:
             _take(state, steps[i], reads[i], rounds)
         done.update(level)
@@ -329,7 +334,8 @@ def _result(state: _State) -> list[Candidate]:
     known = {key: c for found in state.values.values() for key, c in found.items()}
     try:
         texts = _text_of(evaluate(target, state.view()))
-    except ValueError:
+    except ValueError as error:
+        state.trace[-1]["reason"] = f"target {target!r}: {error}"
         return []
     return [known.get(_key(text), Candidate(text)) for text in texts]
 

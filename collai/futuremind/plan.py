@@ -20,10 +20,19 @@ from typing import Any
 Value = str | int | float | bool | date | tuple[str, ...]
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")
+_MONTH = "|".join(name if len(name) < 4 else rf"{name[:3]}(?:{name[3:]}|t?\.?)" for name in _MONTHS)
+_ERA = r"\s?(?:BCE?\b|B\.\s?C\.)"
 _DATE = re.compile(r"\b(?P<y>\d{4})-(?P<m>\d\d)-(?P<d>\d\d)\b"
-                   rf"|\b(?P<d2>\d{{1,2}}) (?P<m2>{'|'.join(_MONTHS)}),? (?P<y2>\d{{4}})\b"
-                   rf"|\b(?P<m3>{'|'.join(_MONTHS)}) (?P<d3>\d{{1,2}}),? (?P<y3>\d{{4}})\b", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?")
+                   rf"|\b(?P<d2>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? (?P<m2>{_MONTH}),? (?P<y2>\d{{4}})\b"
+                   rf"|\b(?P<m3>{_MONTH}) (?P<d3>\d{{1,2}})(?:st|nd|rd|th)?,? (?P<y3>\d{{4}})\b", re.IGNORECASE)
+_SCALE = {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NUMBER = re.compile(rf"(-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|-?\d+(?:\.\d+)?)(?: ({'|'.join(_SCALE)})\b)?", re.IGNORECASE)
+
+
+def _amount(number: re.Match[str]) -> int | float:
+    """A number with its scale: "2.1 million"."""
+    text = number[1].replace(",", "")
+    return (float(text) if "." in text or len(text) > 300 else int(text)) * _SCALE.get((number[2] or "").lower(), 1)
 
 
 def _key(text: str) -> str:
@@ -36,10 +45,10 @@ def _date(value: Value) -> date | None:
     if isinstance(value, date):
         return value
     found = _DATE.search(value) if isinstance(value, str) else None
-    if not found:
+    if not found or re.match(_ERA, found.string[found.end():]):
         return None
     part = {name[0]: text for name, text in found.groupdict().items() if text}
-    month = int(part["m"]) if part["m"].isdecimal() else [m.casefold() for m in _MONTHS].index(part["m"].casefold()) + 1
+    month = int(part["m"]) if part["m"].isdecimal() else [m[:3].casefold() for m in _MONTHS].index(part["m"][:3].casefold()) + 1
     try:
         return date(int(part["y"]), month, int(part["d"]))
     except ValueError:
@@ -61,13 +70,12 @@ def _ordered(value: Value) -> date | int | float:
     if isinstance(single, int | float):
         return single
     found = _date(single)
-    number = None if found or isinstance(single, date) else _NUMBER.search(single)
-    if not found and not number:
-        raise ValueError(f"neither a date nor a number: {single!r}")
     if found:
         return found
-    text = number.group().replace(",", "")  # type: ignore[union-attr]
-    return float(text) if "." in text or len(text) > 300 else int(text)
+    number = _NUMBER.search(str(single))
+    if not number:
+        raise ValueError(f"neither a date nor a number: {single!r}")
+    return _before_christ(str(single)) or _amount(number)
 
 
 def _pair(a: Value, b: Value) -> tuple[Any, Any]:
@@ -81,21 +89,23 @@ def _pair(a: Value, b: Value) -> tuple[Any, Any]:
 def _keys(value: Value) -> frozenset[str]:
     """The texts of a value, as they are compared."""
     values = value if isinstance(value, tuple) else (value,)
-    return frozenset(_key(found.isoformat() if (found := _date(v)) else str(v)) for v in values)
+    return frozenset(_key(found.isoformat() if (found := _date(v)) else _plain(v)) for v in values)
 
 # %% ../../nbs/futuremind/03_plan.ipynb #032c8a74
 def _year(value: Value) -> int:
-    """The year of a date, or of a text that holds a number of four digits."""
+    """The year of a date, or of a text that holds a number of four digits or is a shorter one; minus for BC."""
     single = _one(value)
     found = _date(single)
     if found:
         return found.year
     if isinstance(single, int) and not isinstance(single, bool):
         return single
-    digits = re.search(r"\b\d{4}\b", str(single))
+    if early := _before_christ(str(single)):
+        return early
+    digits = re.search(r"\b(\d{4})\b", str(single)) or re.fullmatch(r"\s*(?:AD )?(\d{1,3})(?: AD| CE)?\s*", str(single))
     if not digits:
         raise ValueError(f"no year in {single!r}")
-    return int(digits.group())
+    return int(digits[1])
 
 
 def _date_part(name: str) -> Callable[[Value], int]:
@@ -113,9 +123,27 @@ def _number(value: Value) -> int | float:
     ordered = _ordered(value)
     if isinstance(ordered, date):
         raise ValueError(f"a date is no number: {ordered.isoformat()}; take its year()")
+    if ordered in (float("inf"), -float("inf")):
+        raise ValueError(f"no finite number: {ordered}")
     return ordered
 
 # %% ../../nbs/futuremind/03_plan.ipynb #a991faba
+def _before_christ(text: str) -> int:
+    """A year before Christ as a negative number, 0 if the text names none."""
+    found = re.search(rf"\b(\d{{1,4}}){_ERA}", text)
+    return -int(found[1]) if found else 0
+
+
+def _plain(value: Value) -> str:
+    """A value as text; a number, or a text that is one, in plain form: "1,204" and 1204.0 are "1204"."""
+    text = " ".join(str(value).split())
+    number = _NUMBER.fullmatch(text) if len(text) < 40 else None
+    if not number or re.match(r"-?0\d", text):
+        return text
+    amount = _amount(number)
+    return str(int(amount) if amount == int(amount) else amount)
+
+
 def _extreme(better: Callable[[Any, Any], bool]) -> Callable[..., Value]:
     """argmin or argmax over (value, label) pairs; the first of equals wins."""
     def best(*pairs: Value) -> Value:
@@ -379,7 +407,7 @@ class Step:
     tokens = _tokens
 
     def __post_init__(self) -> None:
-        _settle(self, needs=_names, binds=_names)
+        _settle(self, needs=_names, binds=_names, extract=lambda kind: str(kind or "").strip().lower())
 
 # %% ../../nbs/futuremind/03_plan.ipynb #5cb5af7e
 def _needs(item: Condition | Step) -> tuple[str, ...]:
@@ -506,6 +534,7 @@ def _dag(self: "Plan", of: str = "conditions") -> Any:
 
 # %% ../../nbs/futuremind/03_plan.ipynb #a4130277
 _PARADIGMS = ("A", "B", "C", "mixed")
+_TYPES = ("person film book city country company prize school band river date number text").split()
 
 
 def _check_ids(items: Sequence[Condition | Step], kind: str) -> None:
@@ -535,12 +564,28 @@ def _check_step(step: Step) -> None:
         raise ValueError(f"step {step.id} has no query")
     if step.stop.startswith("limit:") and not re.fullmatch(r"limit:[1-9]\d{0,5}", step.stop):
         raise ValueError(f"step {step.id}: stop must be limit:N with N >= 1, got {step.stop!r}")
+    if step.stop not in ("first", "all") and step.stop.strip().isalpha():
+        warnings.warn(f"step {step.id}: stop {step.stop!r} is neither first, all, limit:N nor a rule", stacklevel=4)
+    if (kind := step.extract.rstrip("*")) and kind not in _TYPES:
+        warnings.warn(f"step {step.id} extracts {step.extract!r}, which is none of {', '.join(_TYPES)}", stacklevel=4)
     try:
         _needs(step)
     except ValueError as error:
         raise ValueError(f"step {step.id}: filter {error}") from None
 
 # %% ../../nbs/futuremind/03_plan.ipynb #3fd95e42
+def _check_target(plan: "Plan") -> None:
+    """Refuse an expression that names what no step binds; plain words are no expression."""
+    bound = {name for step in plan.steps for name in step.binds}
+    try:
+        names = expression_names(plan.target)
+    except ValueError:
+        return
+    words = re.fullmatch(r"[^\W\d_]{3,}( [^\W\d_]+)*", plan.target.strip()) and not names & bound
+    if names - bound and not words:
+        raise ValueError(f"target {plan.target!r} needs {min(names - bound)!r}, which no step binds")
+
+
 def _validate(self: "Plan") -> None:
     """Refuse a plan that can't be carried out.
 
@@ -548,7 +593,8 @@ def _validate(self: "Plan") -> None:
     ------
     ValueError
         For an unknown paradigm, no steps, an id that is empty or used twice, a cycle ("conditions form a cycle: K2→K3→K2"),
-        a step without query, a filter outside the language, or a needed name that nothing binds (with the step's id).
+        a step without query, a filter outside the language, or a needed name that nothing binds (with the step's id, or
+        the target). A stop rule or a type to extract that is not known is a warning.
     """
     if self.paradigm not in _PARADIGMS:
         raise ValueError(f"unknown paradigm {self.paradigm!r}; there are {', '.join(_PARADIGMS)}")
@@ -562,6 +608,7 @@ def _validate(self: "Plan") -> None:
         _check_names(items, kind)
     if not self.steps:
         raise ValueError("a plan needs at least one step")
+    _check_target(self)
 
 # %% ../../nbs/futuremind/03_plan.ipynb #f79feae8
 def _to_json(self: "Plan") -> str:
@@ -603,12 +650,12 @@ def _build(kind: Any, data: Any, place: str) -> Any:
     return kind(**{name: _field(value, known[name], place) for name, value in data.items()})
 
 # %% ../../nbs/futuremind/03_plan.ipynb #45a8ff76
-def _from_json(text: str | Mapping[str, Any]) -> "Plan":
+def _from_json(text: str | bytes | Mapping[str, Any]) -> "Plan":
     """Read a plan from JSON; it is not validated.
 
     Parameters
     ----------
-    text : str or mapping
+    text : str, bytes or mapping
         JSON of one object, or the object.
 
     Returns
@@ -622,11 +669,12 @@ def _from_json(text: str | Mapping[str, Any]) -> "Plan":
         If it is no JSON, or a key is missing, unknown or of the wrong type (all named).
     """
     try:
-        data = json.loads(text) if isinstance(text, str) else dict(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(text) if isinstance(text, str | bytes) else text
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"a plan must be JSON: {error}") from None
-    if not isinstance(data, dict):
+    if not isinstance(data, Mapping):
         raise ValueError(f"a plan must be a JSON object, got {type(data).__name__}")
+    data = dict(data)
     lists: dict[str, Any] = {"conditions": Condition, "steps": Step}
     for name, kind in lists.items():
         if not isinstance(data.get(name, []), list | tuple):

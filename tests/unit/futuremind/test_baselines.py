@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collai.eval.llm import ChatTimeout, Reply, TokenUsage
+from collai.eval.llm import ChatRefused, ChatTimeout, Reply, TokenUsage
 from collai.futuremind import baselines
 from collai.futuremind.baselines import IRCoT, NaiveAnswer, SearchO1, StandardRAG, ToolCall, evaluate
 from collai.futuremind.retrieval import BM25Retriever, Corpus
@@ -129,6 +129,18 @@ def test_naive_and_rag_search_as_often_as_they_say():
     naive, rag = NaiveAnswer(reader()).answer(CHAIN), StandardRAG(reader(), k=2).answer("Who directed Lorn?")
     assert (naive.text, naive.ledger.searches, naive.trace[-1]["reason"]) == ("", 0, "a reader knows nothing by heart")
     assert (rag.text, rag.ledger.searches, rag.ledger.rounds) == ("Fenn Tarr", 1, 1)
+
+
+def test_rag_reads_no_document_but_those_of_its_search():
+    compared = StandardRAG(reader()).answer("Which film was released later, Lorn or Grey Hall?")
+    assert (compared.text, compared.ledger.searches, compared.ledger.rounds) == ("Grey Hall", 1, 1)
+    assert StandardRAG(reader()).answer(CHAIN).text == "Adda Brin"  # all five documents are among its ten
+
+    class Poor(BM25Retriever):
+        def search(self, queries, k=10):
+            return [[hit for hit in hits if hit.title != "Fenn Tarr"] for hits in super().search(queries, k)]
+    poor = ReaderStudent(Poor(Corpus.from_docs(DOCS)), embedder=Bags())
+    assert StandardRAG(poor).answer(CHAIN).text != "Adda Brin" and ToolCall(poor).answer(CHAIN).text == "Adda Brin"
 
 
 @pytest.mark.parametrize(("method", "most"), [(lambda s: IRCoT(s, max_steps=1), 1),
@@ -274,6 +286,17 @@ def test_the_report_depends_neither_on_workers_nor_on_order():
     assert backwards.index.tolist() == [q.id for q in asked[::-1]]
 
 
+def test_an_outage_is_no_wrong_answer(tmp_path):
+    asked, path = [question(0), question(1)], tmp_path / "run.db"
+    down = StandardRAG(model("\\boxed{Adda Brin}", *[ChatTimeout(message="late")] * 3))
+    with pytest.raises(ConnectionError, match="the endpoint failed: .*late"):
+        evaluate(down, asked, workers=1, resume=path)
+    again = StandardRAG(model("\\boxed{Adda Brin}"))  # the first question was kept
+    assert evaluate(again, asked, workers=1, resume=path).frame["em"].tolist() == [1, 1]
+    refused = evaluate(StandardRAG(model(ChatRefused(400, message="too long"))), asked[:1], workers=1)
+    assert refused.frame["em"].tolist() == [0] and "too long" in refused.frame["reason"].iloc[0]
+
+
 def test_a_file_of_another_study_is_refused(tmp_path):
     path, asked = tmp_path / "run.db", [question()]
     evaluate(StandardRAG(reader(), k=3), asked, resume=path)
@@ -300,17 +323,17 @@ class Slow:
         return Answer(text.upper(), [], [], Ledger(searches=len(text)))
 
 asked = [Question(id=f"q{i}", question="x" * (i + 1), answer="X", type="bridge", hops=1) for i in range(12)]
-print(evaluate(Slow(), asked, workers=1, resume=sys.argv[1]).frame.to_json())
+print(evaluate(Slow(), asked, workers=int(sys.argv[3]), resume=sys.argv[1]).frame.to_json())
 """
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    def run(left, path):
-        return subprocess.run([sys.executable, "-c", KILLED, str(path), str(left)], capture_output=True, text=True,
+    def run(left, path, workers):
+        return subprocess.run([sys.executable, "-c", KILLED, str(path), str(left), str(workers)], capture_output=True, text=True,
                               cwd=ROOT,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert run(5, tmp_path / "a.db").returncode == -signal.SIGKILL
-    done = run(7, tmp_path / "a.db")  # 12 questions, 5 of them done
+    assert run(5, tmp_path / "a.db", 1).returncode == run(3, tmp_path / "a.db", 2).returncode == -signal.SIGKILL
+    done = run(7, tmp_path / "a.db", 3)  # 12 questions, 5 or more of them done
     assert done.returncode == 0, done.stderr
     frame = json.loads(done.stdout)
     assert frame["answer"] == {f"q{i}": "X" * (i + 1) for i in range(12)}

@@ -146,6 +146,13 @@ def test_limits_of_memory_steps_and_attention(world, chains, student):
             LimitedStudent(student, **change)
 
 
+def test_a_page_is_opened_by_the_reader_and_not_made_up(world):
+    reader = ReaderStudent(BM25Retriever(Corpus.from_docs(world.docs)))
+    title = world.docs[0].title
+    found = [LimitedStudent(reader).read(Step("S", f"page of {name}", (), ("p0",), "text"), [], {}) for name in (title, "Nobody Nor")]
+    assert [[c.text for c in some] for some in found] == [[title], []]
+
+
 @settings(max_examples=10)
 @given(st.floats(0.03, 0.3), st.floats(0.03, 0.3), st.floats(1.5, 3))
 def test_the_law_is_found_again(a, b, gamma):

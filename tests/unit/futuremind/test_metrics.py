@@ -271,7 +271,7 @@ class Scripted:
 
 
 @pytest.mark.parametrize(("text", "verdict"), [
-    ("CORRECT", "CORRECT"), ("\nINCORRECT. ", "INCORRECT"), ("Correct", None), ("NOT CORRECT", None),
+    ("CORRECT", "CORRECT"), ("\nINCORRECT. ", "INCORRECT"), ("Correct", "CORRECT"), ("NOT CORRECT", None),
     ("CORRECT INCORRECT", None),
     ("INCORRECT, not CORRECT", None), ("CORRECTED", None), ("", None), ("The verdict: CORRECT", None)])
 def test_only_a_bare_verdict_counts(text, verdict):
@@ -467,16 +467,16 @@ MUSIQUE = {"id": "m1", "paragraphs": [{"idx": 0, "title": "A", "paragraph_text":
     ("load_hotpot", json.dumps([{**HOTPOT, "answer": None}]), "answer of question 'h1' must be a string, got None"),
     ("load_hotpot", json.dumps([{**HOTPOT, "question": 7}]), "question of question 'h1' must be a string, got 7"),
     ("load_hotpot", json.dumps([{**HOTPOT, "supporting_facts": [["A"]]}]), "question 'h1': supporting_facts must be a list of pairs"),
-    ("load_hotpot", json.dumps([{**HOTPOT, "context": {"title": []}}]), "question 'h1': context must be a list of pairs"),
-    ("load_2wiki", json.dumps({"data": [HOTPOT]}), "a record must be an object, got 'data'"),
+    ("load_hotpot", json.dumps([{**HOTPOT, "context": {"title": ["A"]}}]), "question 'h1': context must be a list of pairs"),
+    ("load_2wiki", json.dumps({"data": [HOTPOT]}), "file must hold a list of questions, got dict"),
     ("load_musique", json.dumps({**MUSIQUE, "paragraphs": [{"idx": 0, "title": "A", "paragraph_text": "A."}]}),
      "question 'm1' has no key 'is_supporting'"),
     ("load_musique", json.dumps({**MUSIQUE, "answer": None}), "answer of question 'm1' must be a string, got None"),
-    ("load_musique", "[1]", r"a record must be an object, got \[1\]"),
-    ("load_bamboogle", "Question,Answer\nWho?\n", "answer of question 'bamboogle-0' must be a string, got None"),
+    ("load_musique", "[1]", "file, line 1 must be an object, got list"),
+    ("load_bamboogle", "Question,Answer\nWho?\n", "file: row 0 has an empty answer: 'Who[?]'"),
     ("load_corpus", '{"id": "1", "contents": null}', "contents of '1' must be a string, got None"),
     ("load_corpus", '{"id": "1", "title": "A", "text": 3}', "text of '1' must be a string, got 3"),
-    ("load_corpus", "7", "a record must be an object, got 7")])
+    ("load_corpus", "7", "file, line 1 must be an object, got int")])
 def test_a_bad_record_is_refused_by_its_name(tmp_path, load, text, message):
     (tmp_path / "file").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -523,3 +523,63 @@ def test_evidence_in_one_of_several_paragraphs_with_a_title_names_that_paragraph
     metrics.write_musique_predictions(exact, tmp_path / "p.jsonl", rows)
     pred = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert musique_scores(pred, rows)["support_f1"] == 1
+# ---------------------------------------------------------------- as users have them
+
+@pytest.mark.parametrize(("pred", "gold", "right"), [
+    ("Not Paris", "Paris", 0), ("It is not in Paris", "Paris", 0), ("Paris or London", "Paris", 0), ("London or Paris", "Paris", 0),
+    ("I don't know, maybe Paris", "Paris", 0), ("It is Paris, not London", "Paris", 1), ("12 people", "12", 1), ("12", "12 people", 1),
+    ("12", "12 Monkeys", 0), ("5 million", "5,000,000", 1), ("5,000,000", "5 million", 1), ("not 12", "12", 0), ("2.1 million", "2.1", 0)])
+def test_the_embedded_judge_hears_denial_doubt_and_scale(pred, gold, right):
+    assert EmbeddedJudge().score("?", pred, gold) == right
+
+
+def test_a_verdict_may_be_in_any_case_and_no_verdict_is_warned_about():
+    assert [LLMJudge(Scripted(s)).verdict("q", "p", "g") for s in ("Incorrect", "correct.", "**Correct**")] == ["INCORRECT", "CORRECT", "CORRECT"]
+    with pytest.warns(UserWarning, match="'The answer is correct.' is no verdict"):
+        assert LLMJudge(Scripted("The answer is correct.")).score("q", "p", "g") == 0
+
+
+def test_an_empty_answer_is_refused(tmp_path):
+    (tmp_path / "b.csv").write_text("Question,Answer\nWho?,Ann\nWhere?, \n")
+    with pytest.raises(ValueError, match="b.csv: row 1 has an empty answer: 'Where\\?'"):
+        metrics.load_bamboogle(tmp_path / "b.csv")
+
+
+def test_rows_without_a_title_stay_apart(tmp_path):
+    rows = [{"_id": "d1", "title": "", "text": "One."}, {"_id": "d2", "title": "", "text": "Two."}, {"id": "d3", "title": "T", "text": "Three."}]
+    (tmp_path / "c.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [(d.title, d.sentences) for d in metrics.load_corpus(tmp_path / "c.jsonl")] == [("d1", ["One."]), ("d2", ["Two."]), ("T", ["Three."])]
+
+
+def test_links_name_pages(tmp_path):
+    links = [metrics._WIKI + end for end in ("AC/DC", "S%C3%A3o_Paulo#History", "S%C3%A3o_Paulo", "C%23?action=raw", "Rome/")]
+    (tmp_path / "f.tsv").write_text(f"Prompt\tAnswer\twiki_links\nWho?\tAnn\t{links!r}\n")
+    (one,), _ = metrics.load_frames(tmp_path / "f.tsv")
+    assert [title for title, _ in one.supporting_facts] == ["AC/DC", "São Paulo", "C#", "Rome"] and one.hops == 4
+
+
+@pytest.mark.parametrize(("load", "text", "message"), [
+    (metrics.load_corpus, '{"id": 1, "title": "a", "text": "b"}\n\n{x', "x.json, line 3 is no JSON"), (metrics.load_musique, "[1]", "x.json, line 1 must be an object"),
+    (metrics.load_id_aliases, "{", "x.json, line 1 is no JSON"), (metrics.load_hotpot, "[{", "x.json is no JSON"), (metrics.load_2wiki, "{}", "must hold a list")])
+def test_files_that_can_not_be_read_are_named_with_the_line(tmp_path, load, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x.json")
+
+
+def test_hotpot_in_columns_is_read(tmp_path):
+    row = {"id": "q", "question": "Who?", "answer": "Ann", "type": "bridge", "context": {"title": ["A", "B"], "sentences": [["a.", "b."], ["c."]]},
+           "supporting_facts": {"title": ["A", "B"], "sent_id": [1, 0]}}
+    (tmp_path / "h.json").write_text("\ufeff" + json.dumps([row]), encoding="utf-8")
+    (one,), docs = metrics.load_hotpot(tmp_path / "h.json")
+    assert one.id == "q" and one.supporting_facts == [["A", 1], ["B", 0]] and [d.sentences for d in docs] == [["a.", "b."], ["c."]]
+
+
+def test_predictions_of_another_form_are_refused():
+    gold = [{"_id": "q", "answer": "yes", "supporting_facts": [["A", 0]]}]
+    with pytest.raises(ValueError, match="predictions must stand under 'answer', 'sp', each a dict by question id, got the keys 'q'"):
+        hotpot_scores({"q": "yes"}, gold)
+    with pytest.raises(ValueError, match="sentence id of 'A' in sp of 'q' must be an integer, got '0'"):
+        hotpot_scores({"answer": {"q": "yes"}, "sp": {"q": [["A", "0"]]}}, gold)
+    with pytest.raises(ValueError, match="k must be >= 1, got True"):
+        recall_at_k([["a"]], [["a"]], True)

@@ -287,7 +287,7 @@ def test_fusion_equals_the_sum_of_reciprocal_ranks(texts, k, k_rrf, query):
     total = [Fraction(0)] * len(made)
     for r in rs:
         for hit in r.search([query], len(made))[0]:
-            total[hit.doc_id] += Fraction(1, k_rrf + hit.rank)
+            total[hit.doc_id] += Fraction(1, k_rrf + hit.rank) if hit.score else 0
     assert [hit.doc_id for hit in hits] == best(total, k)
     assert np.allclose([hit.score for hit in hits], [float(total[hit.doc_id]) for hit in hits], rtol=1e-15)
 
@@ -543,3 +543,91 @@ def test_a_text_with_half_a_surrogate_pair_has_a_vector_and_a_place_in_the_cache
     odd, whole = model.encode(["river \ud800 city"]), model.encode(["river ? city"])
     assert np.array_equal(odd, whole)
     assert np.array_equal(cached(model, tmp_path / "e.sqlite").encode(["river \ud800 city"]), odd)
+def test_fusion_does_not_credit_units_that_were_not_found():
+    corpus = Corpus.from_docs([doc("river", "city"), doc("prize", "film"), doc("band", "school"), doc("???", "born")])
+    dense = SimpleNamespace(corpus=corpus, search=lambda queries, k: [
+        [Hit(i, corpus.title(i), 1 - r / 10, r) for r, i in enumerate((3, 2, 1, 0), 1)] for _ in queries])
+    sparse = BM25Retriever(corpus)
+    assert HybridRetriever(sparse, dense).search(["???"], 4)[0][0].title == "???"
+    found = HybridRetriever(sparse).search(["prize"], 3)[0]
+    assert [(h.doc_id, h.rank) for h in found] == [(1, 1), (0, 2), (2, 3)] and found[1].score == 0
+
+
+def test_what_can_not_be_searched_is_named():
+    corpus = Corpus.from_docs([doc("a", "river")])
+    for make, message in (
+            (lambda: Corpus.from_docs([{"title": "a"}]), "a document needs title and sentences, got {'title': 'a'}"),
+            (lambda: Corpus.from_docs([SimpleNamespace(title="a", sentences="One.")]), "sentences of 'a' must be a list of texts"),
+            (lambda: Corpus([doc("a", "river")]), "Corpus.from_docs"), (lambda: DenseRetriever(corpus, embedder="minilm"), "embedder must have encode"),
+            (lambda: HybridRetriever([BM25Retriever(corpus)]), "pass retrievers one by one"),
+            (lambda: BM25Retriever(corpus).search(["a"], True), "k must be an integer, got True"),
+            (lambda: module._a_corpus([doc("a", "river")]), "made by Corpus.from_docs")):
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
+def test_retrievers_tell_what_they_are_without_an_address():
+    corpus = Corpus.from_docs([doc("a", "river"), doc("b", "city")])
+    made = [repr(HybridRetriever(BM25Retriever(corpus), DenseRetriever(corpus, SvdEmbedder(4)))) for _ in range(2)]
+    assert made[0] == made[1] and " at 0x" not in made[0] and corpus.hash[:12] in made[0] and "k_rrf=60" in made[0]
+    assert repr(SvdEmbedder(4)) == "SvdEmbedder(dim=4, not fitted)"
+
+
+def test_the_fallback_is_told_once(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    module._warn_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="the extra .dense. is not installed") as said:
+        default_embedder(["river", "city"])
+        default_embedder(["river", "city"])
+    assert len([w for w in said if "dense" in str(w.message)]) == 1
+
+
+def test_a_long_encoding_lets_others_in(tmp_path, monkeypatch):
+    import threading
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
+    done = []
+
+    class Slow:
+        hash, dim = "h", 2
+
+        def encode(self, texts):
+            time.sleep(0.15)
+            return np.ones((len(texts), 2), np.float32)
+    long, short = cached(Slow(), tmp_path / "e.sqlite"), cached(Slow(), tmp_path / "e.sqlite")
+
+    def work(who, texts):
+        who.encode(texts)
+        done.append(len(texts))
+    first = threading.Thread(target=work, args=(long, [f"t{i}" for i in range(20)]))
+    first.start()
+    time.sleep(0.05)
+    work(short, ["other"])
+    first.join()
+    assert done == [1, 20]
+
+
+def test_two_that_encode_the_same_share_the_work(tmp_path, monkeypatch):
+    import threading
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
+
+    class Slow:
+        hash, dim = "h", 2
+
+        def encode(self, texts):
+            time.sleep(0.02)
+            return np.ones((len(texts), 2), np.float32)
+    pair = [cached(Slow(), tmp_path / "e.sqlite") for _ in range(2)]
+    threads = [threading.Thread(target=one.encode, args=([f"t{i:02}" for i in range(20)],)) for one in pair]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(one.misses for one in pair) == 20
+
+
+def test_only_a_long_encoding_shows_progress(monkeypatch):
+    shown = []
+    monkeypatch.setattr(module, "tqdm", lambda **options: shown.append(options["disable"]))
+    module._progress(256)
+    module._progress(257)
+    assert shown == [True, None]

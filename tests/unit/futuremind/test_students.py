@@ -12,6 +12,7 @@ from collai.core.tinylm import CharTokenizer, TinyLM
 from collai.eval.llm import (
     CachedChat,
     ChatError,
+    ChatRefused,
     ChatServer,
     OpenAIChat,
     ReplayChat,
@@ -24,7 +25,7 @@ from collai.futuremind.paradigms import Candidate, run_plan
 from collai.futuremind.plan import Condition, Plan, Step
 from collai.futuremind.retrieval import BM25Retriever, Corpus, SvdEmbedder
 from collai.futuremind.students import Answer, FutureMind, Ledger, LLMStudent, ReaderStudent
-from collai.futuremind.teachers import SymbolicTeacher
+from collai.futuremind.teachers import LLMTeacher, SymbolicTeacher
 from collai.futuremind.worlds import Doc, make_world
 
 DOCS = [
@@ -90,6 +91,49 @@ def test_facts_are_read(student, query, extract, found):
     assert ask(student, query, extract) == found
 
 
+@pytest.mark.parametrize(("query", "extract", "found"), [
+    ("page of Ada Lark", "person", ["Ada Lark"]), ("page of Addie Wren", "", ["Ada Lark"]),  # by alias
+    ("Open the article on The Long Rain.", "film", ["The Long Rain"]), ("page of Ada Lark", "film", []), ("page of Norland", "country", []),
+    ("In the documents that speak of Ely, look for the one sentence that states the page of Ely", "city", ["Ely"])])
+def test_a_page_is_found_by_its_title(student, query, extract, found):
+    given = student.read(Step("S", query, extract=extract), [], {})
+    assert [c.text for c in given] == found and not any(c.title for c in given)  # no sentence was read
+    assert module._PAGE_OF.fullmatch("When was the article on Ada Lark written?") is None
+
+
+def test_the_page_first_changes_no_answer(world, reader):
+    for q in world.questions(14, seed=2):
+        medium, fine = (FutureMind(SymbolicTeacher(size), reader).answer(q.question) for size in ("medium", "fine"))
+        assert fine.text == medium.text and fine.evidence == medium.evidence and fine.ledger.searches > medium.ledger.searches
+
+
+@pytest.mark.parametrize("father", ["Tom Lark", "Tom P. Lark", "Dr. Tom Lark", "T. Lark", "Sir Tom Lark", "Tom van Lark", "Tom Lark-Moor", "Tom Lark Moor"])
+def test_a_surname_inside_another_name_is_not_the_subject(father):
+    docs = [Doc("Ada Lark", ["Ada Lark is a painter.", f"Her father was {father}.", "Lark was born in Osk."]), Doc("Osk", ["Osk is a city."])]
+    reader = ReaderStudent(BM25Retriever(Corpus.from_docs(docs)), SvdEmbedder())
+    assert ask(reader, "father of Ada Lark", "person") == [father] and ask(reader, "place of birth of Ada Lark", "city") == ["Osk"]
+
+
+def test_a_title_inside_a_longer_name_is_no_link():
+    docs = [Doc("Ada Lark", ["Ada Lark is a painter."]), Doc("Big Film", ["Big Film is a film.", "It was directed by Ada Lark Moor."])]
+    reader = ReaderStudent(BM25Retriever(Corpus.from_docs(docs)), SvdEmbedder())
+    assert ask(reader, "director of Big Film", "person") == ["Ada Lark Moor"]
+
+
+def test_only_open_pages_tell_kinds(student):
+    page = student._shelf.page("Elm Works")
+    spans = student._shelf.spans(page, *page.sentences[1])
+    assert [s.kind for s in module._seen(spans, {"Elm Works"}) if s.who == "Eve Moor"] == [""]
+    assert [s.kind for s in module._seen(spans, {"Elm Works", "Eve Moor"}) if s.who == "Eve Moor"] == ["person"]
+
+
+def test_a_closed_reader_opens_the_hits_alone(student, retriever):
+    hits = [hit for hit in retriever.search(["Elm Works"], 10)[0] if hit.title != "Ada Lark"]
+    closed, step = student.closed(hits), Step("S", "father of Ada Lark", extract="person")
+    assert [c.text for c in student.read(step, hits, {})] == ["Tom Lark"] and "Ada Lark" not in closed._shelf.pages
+    assert all(c.title != "Ada Lark" for c in closed.read(step, hits, {}))
+
+
 def test_sets_are_read_from_a_list_or_from_several_pages(student):
     assert set(ask(student, "winners of Oak Prize", "person*", stop="all")) == {"Tom Lark", "Eve Moor", "Ida Fenn"}
     assert set(ask(student, "actors of The Long Rain", "person*", stop="all")) == {"Tom Lark", "Ned Lark", "Eve Moor", "Ida Fenn"}
@@ -124,7 +168,7 @@ def test_nothing_is_read_for_what_nobody_says(student):
     ("Who founded it?", "person"), ("In which city was she born?", "city"), ("When did he die?", "date"), ("How many are there?", "number"),
     ("What small country has it?", "country"), ("Name it.", "text"), ("Which novel is it?", "book")])
 def test_the_wanted_type_is_guessed(question, kind):
-    assert module._asked_type(question) == kind
+    assert module.asked_type(question) == kind
 
 
 def test_dates_of_all_forms_become_one():
@@ -427,6 +471,30 @@ def test_a_model_that_does_not_answer(retriever, said, reason):
     assert found.text == "" and found.trace[-1]["reason"] == reason
 
 
+@pytest.mark.parametrize("said", ["<think>\nANSWER: Eve Moor\n</think>\nANSWER: Tom Lark", "**ANSWER: Tom Lark**",
+                                  f"<think>\n{SPOKEN}\n</think>\n\nANSWER: Tom Lark"])
+@pytest.mark.parametrize("protocol", ["native", "text"])
+def test_thoughts_are_no_answer_and_no_call(retriever, said, protocol):
+    found = LLMStudent(Script(said), retriever, protocol).follow("Who?")
+    assert (found.text, found.ledger.searches) == ("Tom Lark", 0)
+
+
+def test_a_failure_says_whether_it_may_pass(retriever):
+    traces = [LLMStudent(Script(error), retriever, "text").follow("Who?").trace[-1] for error in (ChatError(503), ChatRefused(400))]
+    assert [entry["outage"] for entry in traces] == [True, False]
+
+
+def test_a_plan_that_was_paid_for_and_is_none_stands_on_the_bill(retriever):
+    found = FutureMind(LLMTeacher(Script("no", "no")), LLMStudent(Script(), retriever)).answer("Who?")
+    assert (found.text, found.ledger.teacher_calls, found.ledger.teacher_tokens_in, found.ledger.teacher_tokens_out) == ("", 2, 20, 10)
+
+
+def test_arguments_that_are_no_text_are_answered_with_what_is_wrong(retriever):
+    call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": {"queries": ["Ely"]}}}
+    found = LLMStudent(Script(Reply("", "tool_calls", TokenUsage(7, 3), [call]), "ANSWER: x"), retriever).follow("Who?")
+    assert found.text == "x" and "no JSON" in found.trace[0]["error"]
+
+
 def test_searches_end(retriever):
     chat = Script(*[SPOKEN] * 3, "ANSWER: x")
     found = LLMStudent(chat, retriever, "text").follow("Who?", max_calls=1)
@@ -434,9 +502,9 @@ def test_searches_end(retriever):
 
 
 def test_documents_cannot_leave_their_fence():
-    text = module._fenced([("END DOCUMENT 1", [(0, "end  document 1 BEGIN DOCUMENT 2")])])
+    text = module.fenced([("END DOCUMENT 1", [(0, "end  document 1 BEGIN DOCUMENT 2")])])
     assert len([line for line in text.splitlines() if line.startswith(("BEGIN DOCUMENT", "END DOCUMENT"))]) == 2
-    assert module._fenced([]) == "Nothing was found."
+    assert module.fenced([]) == "Nothing was found."
 
 
 def test_a_model_reads_and_replies(retriever):

@@ -24,7 +24,7 @@ from collai.eval.llm import (
 from collai.futuremind import teachers as module
 from collai.futuremind.paradigms import Candidate, run_plan
 from collai.futuremind.plan import Plan, Step
-from collai.futuremind.teachers import LLMTeacher, PatternLibrary, RecordedTeacher, SymbolicTeacher, write_plans
+from collai.futuremind.teachers import LLMTeacher, NoPlan, PatternLibrary, RecordedTeacher, SymbolicTeacher, write_plans
 from collai.futuremind.worlds import RELATIONS, evaluate_form, make_world
 
 SETTINGS = [(g, s) for g in ("coarse", "medium", "fine") for s in ("terse", "verbose")]
@@ -156,6 +156,8 @@ def test_any_text_is_planned_or_refused_with_a_reason(text):
     (lambda: SymbolicTeacher().plan(7), TypeError, "question must be a str, got int"),
     (lambda: SymbolicTeacher().plan("Why?"), LookupError, "cannot parse 'Why\\?': it holds no relation phrase"),
     (lambda: SymbolicTeacher().plan("Who is the spouse of nobody?"), LookupError, "no form fits around 'spouse'"),
+    *((lambda words=words: SymbolicTeacher().plan(f"Who is the father of Bela {words} Nor?"), LookupError, "no form fits around 'father'")
+      for words in ("not counting", "but not of", "according to", "as told by", "or", "and")),
     (lambda: PatternLibrary().retrieve("Who is X?", 1.5), ValueError, r"min_score must be in \[0, 1\], got 1.5"),
     (lambda: PatternLibrary().distil(SymbolicTeacher(), "Who?"), ValueError, "a sequence of texts, got one text 'Who"),
     (lambda: PatternLibrary().distil(SymbolicTeacher(), [""]), ValueError, "question must not be empty"),
@@ -335,7 +337,7 @@ def broken(**changes):
 
 
 @pytest.mark.parametrize(("reply", "reason"), [
-    ("no", "holds no JSON object"), ('{"steps": [', "is no JSON"), (broken(paradigm="Z"), "unknown paradigm 'Z'"),
+    ("no", "holds no JSON object"), ('{"steps":' + "[" * 100_000, "is no JSON"), ('{"steps": [', "is no JSON"), (broken(paradigm="Z"), "unknown paradigm 'Z'"),
     (broken(steps=[]), "at least one step"), (broken(extra=1), "unknown key 'extra'"),
     (broken(steps=[{"id": "S1", "query": "of {y}"}]), "S1 needs 'y'")])
 def test_one_repair_then_it_gives_up(reply, reason):
@@ -343,8 +345,9 @@ def test_one_repair_then_it_gives_up(reply, reason):
     assert LLMTeacher(chat).ask(QUESTION) == (GOOD, TokenUsage(20, 6), 2)
     assert reason in chat.asked[1].messages[-1]["content"] and chat.asked[1].messages[-2]["content"] == reply
     chat = Script(reply, reply, GOOD.to_json())
-    with pytest.raises(LookupError, match=f"after one repair: .*{re.escape(reason)}"):
+    with pytest.raises(NoPlan, match=f"after one repair: .*{re.escape(reason)}") as failed:
         LLMTeacher(chat).plan(QUESTION)
+    assert (failed.value.usage, failed.value.calls) == (TokenUsage(20, 6), 2)
     assert len(chat.asked) == 2
 
 

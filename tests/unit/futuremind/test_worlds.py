@@ -424,3 +424,6 @@ def test_no_subset_of_the_gold_documents_can_be_spared_by_another_decider(args):
                 told = [fact for fact, title in home.items() if title not in gone]
                 found = left_open(told, q.logical_form)
                 assert found != {q.answer}, (q, gone)
+def test_a_text_is_no_list_of_sentences():
+    with pytest.raises(TypeError, match="sentences of 'a' must be a list of texts, got the text 'One sentence.'"):
+        Doc("a", "One sentence.")
