@@ -10,8 +10,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -31,6 +32,7 @@ from collai.futuremind.students import (
     Ledger,
     ReaderStudent,
     Session,
+    _thought_out,
     asked_type,
     endpoint_failed,
     fenced,
@@ -119,12 +121,17 @@ _WORDS = re.compile(r"[\w'’.-]+")
 _YEAR = re.compile(r"\b(\d{4})-\d\d-\d\d\b")
 
 
+def _marked(text: str, a: int, z: int) -> list[str]:
+    """A span with more or fewer of the marks at its end: "Yahoo!", "Mercury (company)"."""
+    return [*(text[a:i] for i in range(len(text) - len(text[z:].lstrip("!?+)]")), z - 1, -1)), text[a:z].rstrip(".'’-")]
+
+
 def _names(text: str, titles: Collection[str], most: int = 8) -> list[str]:
     """Titles that stand in a text, the longest first served, in their order."""
     words, found, i = list(_WORDS.finditer(text)), [], 0
     while i < len(words):
         ends = range(min(len(words), i + most), i, -1)
-        spans = ((j, text[words[i].start() : words[j - 1].end()].rstrip(".'’-")) for j in ends)
+        spans = ((j, name) for j in ends for name in _marked(text, words[i].start(), words[j - 1].end()))
         j, name = next(((j, name) for j, name in spans if name in titles), (i + 1, ""))
         found += [name] if name else []
         i = j
@@ -345,7 +352,8 @@ def _ircot_told(self: "IRCoT", question: str, talk: _Talk, trace: list[dict[str,
         shown.append(talk.search(query, self.k))
         trace.append({"step": "search", "query": query})
         documents = "\n".join(dict.fromkeys(shown))
-        said = talk.say(_COT, f"{documents}\nQuestion: {question}\nReasoning so far: {' '.join(thoughts)}").strip()
+        said = talk.say(_COT, f"{documents}\nQuestion: {question}\nReasoning so far: {' '.join(thoughts)}")
+        said = _thought_out(said).strip()
         if match := _SO.search(said):
             return (extract_boxed(match[1]) or match[1]).strip().rstrip(".")
         query = _harmless(said.splitlines()[0]) if said else question
@@ -371,8 +379,8 @@ def _line_of(student: Any, found: Any) -> str:
     """The sentence in which a value was found; the value itself if it can't be opened."""
     corpus: Any = getattr(student.retriever, "corpus", None)
     units = corpus.units_of(found.title) if hasattr(corpus, "units_of") and found.title else ()
-    lines = dict(pair for i in units for pair in corpus.sentences(i))
-    return lines.get(found.sentence, found.text)
+    lines = [text for i in units for n, text in corpus.sentences(i) if n == found.sentence]
+    return next((text for text in lines if found.text in text), lines[0] if lines else found.text)
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #576bd8a5
 def _interleaved(self: "IRCoT", question: str) -> Answer:
@@ -625,12 +633,12 @@ def _settings(value: Any, depth: int = 0) -> Any:
         return value
     if callable(getattr(value, "identity", None)):
         return value.identity()
-    if isinstance(value, Collection) and not isinstance(value, Mapping | np.ndarray) and len(value) < 50:
-        return sorted(str(item) for item in value)
+    if isinstance(value, Mapping | list | tuple | AbstractSet) or (is_dataclass(value) and not isinstance(value, type)):
+        return _content(value, depth)
     named = {"class": type(value).__qualname__}
     if isinstance(getattr(value, "hash", None), str):
         return {**named, "hash": value.hash}
-    if depth > 3 or not hasattr(value, "__dict__"):
+    if depth > 5 or not hasattr(value, "__dict__"):
         return named
     own = {k: v for k, v in sorted(vars(value).items()) if not k.startswith("_") and k not in ("corpus", "ledger")}
     return {**named, **{k: _settings(v, depth + 1) for k, v in own.items() if not isinstance(v, np.ndarray)}}
@@ -649,6 +657,21 @@ def _record(method: Any, questions: Sequence[Question], seed: int) -> dict[str, 
             "k": getattr(method, "k", getattr(student, "read_k", None)), "questions": fingerprint(asked)}
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #abf46885
+def _content(value: Any, depth: int) -> Any:
+    """What a collection or a dataclass holds: its fingerprint if it is data, else item by item."""
+    try:
+        return {"class": type(value).__qualname__, "hash": fingerprint(value)}
+    except TypeError:  # it holds objects, or is a set
+        pass
+    if depth > 5:
+        return {"class": type(value).__qualname__}
+    if isinstance(value, Mapping):
+        return {str(key): _settings(item, depth + 1) for key, item in value.items()}
+    items = (getattr(value, f.name) for f in fields(value)) if is_dataclass(value) else value
+    held = [_settings(item, depth + 1) for item in items]
+    return sorted(held, key=fingerprint) if isinstance(value, AbstractSet) else held
+
+
 def _row(method: Any, q: Question, seed: int) -> dict[str, Any]:
     """Scores and cost of one answer; the method sees the text of the question only."""
     answer = method.answer(q.question)
@@ -661,7 +684,7 @@ def _row(method: Any, q: Question, seed: int) -> dict[str, Any]:
         scores = {"em": max(hotpot_em(said, gold) for gold in golds), "f1": max(hotpot_f1(said, gold)[0]
                                                                                 for gold in golds),
                   "cover": max(cover_em(said, gold) for gold in golds),
-                  "judge": EmbeddedJudge().score(q.question, said, q.answer, list(q.aliases))}
+                  "judge": EmbeddedJudge().score(q.question, said, golds[0], golds[1:])}
     else:
         scores = dict.fromkeys(("em", "f1", "cover", "judge"), int(not said))
     return {"type": q.type, "hops": q.hops, "answer": said, **{key: float(value) for key, value in scores.items()},
@@ -700,6 +723,28 @@ class Report:
     record: dict[str, Any] = field(default_factory=dict)
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #c8c4e557
+def _checked_run(method: Any, questions: Iterable[Question], workers: Any) -> dict[str, Question]:
+    """The questions by id; refuses what can't be asked or scored."""
+    cells: dict[str, Question] = {}
+    if not hasattr(method, "answer"):
+        raise ValueError(f"the method has no answer: {type(method).__name__}")
+    for q in questions:
+        if not isinstance(q, Question):
+            raise ValueError(f"questions must hold Question only, got {type(q).__name__}")
+        if q.id in cells:
+            raise ValueError(f"duplicate question id {q.id!r}")
+        if q.answerable and not any(normalize_answer(gold) for gold in (q.answer, *q.aliases)):
+            raise ValueError(f"question {q.id!r}: the gold answer {q.answer!r} is empty after normalisation")
+        if q.type == "all":
+            raise ValueError(f"question {q.id!r}: the type 'all' is the name of the total")
+        cells[q.id] = q
+    if not cells:
+        raise ValueError("no question")
+    if isinstance(workers, bool) or not hasattr(workers, "__index__"):
+        raise ValueError(f"workers must be an integer >= 1, got {workers!r}")
+    return cells
+
+
 def _report(frame: Any, record: dict[str, Any]) -> Report:
     """Means and intervals of a frame."""
     import pandas as pd
@@ -717,7 +762,7 @@ def _report(frame: Any, record: dict[str, Any]) -> Report:
     return Report(frame, by_type, ci, record)
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #ee936af9
-def evaluate(method: Any, questions: Sequence[Question], workers: SupportsIndex = 2,
+def evaluate(method: Any, questions: Iterable[Question], workers: SupportsIndex = 2,
              resume: str | os.PathLike[str] | None = None, seed: int = 0) -> Report:
     """Answer questions by a method and score the answers.
 
@@ -725,7 +770,7 @@ def evaluate(method: Any, questions: Sequence[Question], workers: SupportsIndex 
     ----------
     method : object
         With ``answer(question: str) -> Answer``.
-    questions : sequence of Question
+    questions : iterable of Question
         With distinct ids.
     workers : int
         Threads, at least 1; the report does not depend on it.
@@ -742,20 +787,16 @@ def evaluate(method: Any, questions: Sequence[Question], workers: SupportsIndex 
     Raises
     ------
     ValueError
-        If there is no question, two have one id, `workers` < 1, or the file is that of another run (says how).
+        If there is no question, two have one id, a gold answer is empty after normalisation, `workers` < 1, or the file is
+        that of another run (says how).
     ConnectionError
         If an endpoint failed three times on one question; what was finished is kept at `resume`.
     """
-    ids = [q.id for q in questions]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"duplicate question id {next(name for name in ids if ids.count(name) > 1)!r}")
-    if not ids:
-        raise ValueError("no question")
-    record = _record(method, questions, seed)
+    cells = _checked_run(method, questions, workers)
+    record = _record(method, list(cells.values()), seed)
     with tempfile.TemporaryDirectory() as folder, Store(resume or Path(folder, "cells.db"), record) as store:
-        run_cells(store, dict(zip(ids, questions, strict=True)), partial(_row, method), workers=workers,
-                  engine="threads")
-        return _report(store.frame().loc[ids], record)
+        run_cells(store, cells, partial(_row, method), workers=workers, engine="threads")
+        return _report(store.frame().loc[list(cells)], record)
 
 # %% ../../nbs/futuremind/07_baselines.ipynb #aab27ccf
 def _standard(student: Any) -> dict[str, Any]:

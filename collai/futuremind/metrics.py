@@ -897,7 +897,7 @@ def _some(rows: list[Any], path: _PathLike) -> list[Any]:
         raise ValueError(f"{Path(path).name} holds no question")
     return rows
 
-
+# %% ../../nbs/futuremind/01_metrics.ipynb #b4702477
 def _hotpot_like(path: _PathLike, aliases: Mapping[str, Sequence[str]]) -> _Loaded:
     """Questions and documents of a file in HotpotQA's form."""
     shelf, questions = _Shelf(), []

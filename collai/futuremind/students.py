@@ -124,18 +124,18 @@ _PLAIN = set("""a an and are as at after also although am before both born but b
     other our several she since so some than that the their them then there these they this those three to today two
     under until upon was we were what when where which while who whom whose why with within without you your""".split())
 _MONTH = "January February March April May June July August September October November December".split()
-_M = "|".join(_MONTH)
+_M = "|".join([*_MONTH, "(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\\b\\.?"])
 _DATE = re.compile(rf"\b(?P<y>\d{{4}})-(?P<m>\d\d)-(?P<d>\d\d)\b"
                    rf"|\b(?P<d2>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? (?P<m2>{_M}),? (?P<y2>\d{{4}})\b"
                    rf"|\b(?P<m3>{_M}) (?P<d3>\d{{1,2}})(?:st|nd|rd|th)?,? (?P<y3>\d{{4}})\b")
 _YEAR = re.compile(r"\b[12]\d{3}\b")
-_NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?![\w-])")
+_NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?![\w-])(?: (?:thousand|million|billion|trillion)\b)?")
 
 
 def _iso(found: re.Match[str]) -> str:
     """A date as year-month-day."""
     part = {name[0]: text for name, text in found.groupdict().items() if text}
-    month = int(part["m"]) if part["m"].isdecimal() else 1 + _MONTH.index(part["m"])
+    month = int(part["m"]) if part["m"].isdecimal() else 1 + [m[:3] for m in _MONTH].index(part["m"][:3])
     return f"{part['y']}-{month:02d}-{int(part['d']):02d}"
 
 # %% ../../nbs/futuremind/06_students.ipynb #2bf75eb5
@@ -153,11 +153,16 @@ _TRADE = re.compile(r"(?:er|or|ist|ian|ess|eer|man|eur|ic)$")  # how English nam
 _IS = re.compile(r"\b(?:is|was|are|were|remains|became)\b")
 
 
+def _plain_title(title: str) -> list[str]:
+    """The name in a title with a qualifier: "Mercury (company)"."""
+    return re.findall(r"^(.*\w.*?) \([^()]+\)$", title)
+
+
 def _kind(title: str, sentences: Sequence[str]) -> str:
     """What a page is about: by "X is a film …", else by its title, by pronouns, by "the film"; "" if nothing tells."""
     for text in sentences:
-        copula = _IS.search(text)
-        if text.startswith(title) and copula and re.match(r" (?:an?|one of)\b", text[copula.end():]):
+        copula, names = _IS.search(text), (title, *_plain_title(title))
+        if text.startswith(names) and copula and re.match(r" (?:an?|one of)\b", text[copula.end():]):
             words = re.findall(r"\w+", _BREAK.split(text[copula.end():].strip(), maxsplit=1)[0].lower())
             nouns = [_NOUN[word] for word in words if word in _NOUN]
             if nouns or (words and _TRADE.search(words[-1])):
@@ -250,6 +255,15 @@ def _windows(text: str, longest: int = 8) -> Iterator[tuple[int, int]]:
             if text[words[i][0]].isupper() or text[words[i][0]].isdigit():
                 yield words[i][0], words[i + size - 1][1]
 
+# %% ../../nbs/futuremind/06_students.ipynb #2554e1bb
+def _with_marks(text: str, start: int, end: int, shelf: "_Shelf") -> tuple[int, int]:
+    """A span together with the marks that belong to the longest name around it: "Yahoo!", "Mercury (company)"."""
+    for name in sorted(shelf.marked.get(text[start:end], ()), key=len, reverse=True):
+        first = start - name.find(text[start:end])
+        if first >= 0 and text.startswith(name, first):
+            return first, first + len(name)
+    return start, end
+
 # %% ../../nbs/futuremind/06_students.ipynb #2554e1ba
 def _spans(text: str, page: _Page | None, shelf: "_Shelf") -> tuple[_Span, ...]:
     """Names, dates and numbers of a text, which may stand on a page whose surname is known there."""
@@ -257,6 +271,7 @@ def _spans(text: str, page: _Page | None, shelf: "_Shelf") -> tuple[_Span, ...]:
     hidden = _masked(text, [(f.start, f.end, "_" * (f.end - f.start)) for f in facts if f.kind == "date"])
     own = set(page.names) if page else set[str]()
     for start, end in _windows(hidden):
+        start, end = _with_marks(hidden, start, end, shelf)
         name = hidden[start:end]
         bearer = page if page and name in own and (" " in name or page.kind != "person") else shelf.find(name)
         longer = hidden[end:end + 1] == " " and hidden[end + 1:end + 2].isupper()  # "Ada Lark" is not "Ada Lark Moor"
@@ -295,13 +310,36 @@ _ALIAS = re.compile(
 
 def _open(corpus: Any, title: str, units: Sequence[int]) -> _Page:
     """A page from the units of one document; what gives its reader orders is no fact and left out."""
-    given = {i: text for unit in units for i, text in corpus.sentences(unit)}
-    found = {i: text for i, text in given.items() if not _ORDER.search(text)}
-    texts = [found[i] for i in sorted(found)]
+    given = dict.fromkeys(pair for unit in units for pair in corpus.sentences(unit))  # of all documents of that title
+    found = [(i, text) for i, text in given if not _ORDER.search(text)]
+    texts = [text for _, text in found]
     kind = _kind(title, texts)
-    surname = title.split()[-1:] if kind == "person" and " " in title else []
-    names = [title, *(alias for text in texts[:3] for alias in _ALIAS.findall(text)), *surname]
-    return _Page(title, tuple(sorted(found.items())), tuple(dict.fromkeys(names)), kind, 2 * len(found) > len(given))
+    bare = [title, *_plain_title(title)][-1]
+    surname = bare.split()[-1:] if kind == "person" and " " in bare else []
+    names = [title, bare, *(alias for text in texts[:3] for alias in _ALIAS.findall(text)), *surname]
+    return _Page(title, tuple(found), tuple(dict.fromkeys(names)), kind, 2 * len(found) > len(given))
+
+# %% ../../nbs/futuremind/06_students.ipynb #760c8ae7
+def _bare_names(pages: Collection[_Page]) -> tuple[dict[str, list[_Page]], dict[str, list[str]]]:
+    """Pages by title without qualifier, and names by what is left without the marks at their ends."""
+    plain, marked = dict[str, list[_Page]](), dict[str, list[str]]()
+    for page in pages:
+        for name in _plain_title(page.title):
+            plain.setdefault(name, []).append(page)
+        for name in page.names:
+            if (core := re.sub(r"^\W+|\W+$", "", name)) not in ("", name):
+                marked.setdefault(core, []).append(name)
+    return plain, marked
+
+
+def _only(self: Any, titles: Iterable[str]) -> Any:
+    """A shelf with some of the pages."""
+    some = copy.copy(self)
+    some.pages = {title: self.pages[title] for title in titles if title in self.pages}
+    some.alias = {name: title for name, title in self.alias.items() if title in some.pages}
+    some.plain = {name: [p for p in pages if p.title in some.pages] for name, pages in self.plain.items()}
+    some._found = {}
+    return some
 
 # %% ../../nbs/futuremind/06_students.ipynb #760c8ae6
 class _Shelf:
@@ -313,21 +351,22 @@ class _Shelf:
             if not _ORDER.search(corpus.title(i)):
                 units.setdefault(corpus.title(i), []).append(i)
         self.pages = {title: _open(corpus, title, some) for title, some in units.items()}
+        self.plain, self.marked = _bare_names(self.pages.values())
         self.alias = {name: page.title for page in reversed(self.pages.values()) for name in page.names
-                      if name not in self.pages and (page.kind != "person" or " " in name)}  # a surname is not enough
-        self._found: dict[tuple[str, int], tuple[_Span, ...]] = {}
+                      if name not in self.pages and (page.kind != "person" or " " in name)  # a surname is not enough
+                      and len(self.plain.get(name, ())) < 2}
+        self._found: dict[tuple[str, int, str], tuple[_Span, ...]] = {}
 
-    def only(self, titles: Iterable[str]) -> "_Shelf":
-        """A shelf with some of the pages."""
-        some = copy.copy(self)
-        some.pages = {title: self.pages[title] for title in titles if title in self.pages}
-        some.alias = {name: title for name, title in self.alias.items() if title in some.pages}
-        some._found = {}
-        return some
+    only = _only
 
     def find(self, name: str) -> _Page | None:
         """The page that bears a name exactly, None if there is none."""
         return self.pages.get(self.alias.get(name, name))
+
+    def bearers(self, name: str) -> list[_Page]:
+        """The page that bears a name exactly, else all whose title is the name with a qualifier."""
+        found = self.find(name)
+        return self.plain.get(name, [found] if found else []) if name not in self.pages else [self.pages[name]]
 
     def page(self, title: str) -> _Page:
         """The page with this title."""
@@ -335,9 +374,9 @@ class _Shelf:
 
     def spans(self, page: _Page, number: int, text: str) -> tuple[_Span, ...]:
         """Names and facts of a sentence, found once."""
-        if (page.title, number) not in self._found:
-            self._found[page.title, number] = _spans(text, page, self)
-        return self._found[page.title, number]
+        if (page.title, number, text) not in self._found:
+            self._found[page.title, number, text] = _spans(text, page, self)
+        return self._found[page.title, number, text]
 
 # %% ../../nbs/futuremind/06_students.ipynb #5ad592b0
 _SUBJECT = "Anna"
@@ -566,7 +605,7 @@ def _about(self: Any, query: str, values: Sequence[str], tested: Collection[str]
     spans = _spans(query, None, self._shelf)
     named = [s for s in spans if s.kind not in ("date", "year", "number")]
     names = [v for v in values if v not in tested] or [s.who for s in named if s.who not in tested]
-    found = [page for name in names if (page := self._shelf.find(name))]
+    found = [page for name in names for page in self._shelf.bearers(name)]
     subjects = [*dict.fromkeys([*(p.title for p in found), *names])]
     pages = dict.fromkeys([*found, *(s.page for s in named if s.page)])
     return subjects, list(pages), _masked(query, _stand_ins(spans, subjects))
@@ -795,10 +834,15 @@ def _guide(plan: Plan) -> str:
 
 
 _CALL = re.compile(r"^[ \t]*\**ACTION:\**\s*(?=\{)", re.MULTILINE)
-_FINAL = re.compile(r"^[ \t]*\**ANSWER:\**[ \t]*(.*)$", re.MULTILINE)
+_FINAL = re.compile(r"^([ \t]*\**)ANSWER\**:\**[ \t]*(?:\s*\n\s*(?!\**EVIDENCE\b))?(.*)$", re.MULTILINE | re.IGNORECASE)
 _CITED = re.compile(r"^[ \t]*\**EVIDENCE:\**\s*(?=\[)", re.MULTILINE)
 _JSON = json.JSONDecoder(strict=False)
 _Calls = list[tuple[Any, list[str] | str]]  # the call as the endpoint made it, and its queries or what is wrong with it
+
+
+def _thought_out(text: str) -> str:
+    """What a model says once it has thought: without what stands between <think> marks."""
+    return re.sub(r"(?s)^.*</think>|<think>.*", "", text)
 
 
 def _asked_queries(args: Any) -> list[str] | str:
@@ -846,7 +890,7 @@ def _native_calls(reply: Reply) -> tuple[str, _Calls]:
         made.append((call, end if isinstance(end, str) else asked))
     return _said(reply), made
 
-
+# %% ../../nbs/futuremind/06_students.ipynb #732da83e
 def _ending(text: str, shown: Mapping[str, Collection[int]]) -> tuple[str, list[tuple[str, int]]]:
     """Answer and evidence of a last message; only sentences that were shown count."""
     said, cited, found = _FINAL.search(text), _CITED.search(text), []
@@ -854,7 +898,10 @@ def _ending(text: str, shown: Mapping[str, Collection[int]]) -> tuple[str, list[
     for pair in listed if isinstance(listed, list) else []:
         if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int:
             found += [(pair[0], pair[1])] if pair[1] in shown.get(pair[0], ()) else []
-    return said.group(1).strip(" *") if said else "", list(dict.fromkeys(found))
+    text = said.group(2).strip() if said else ""
+    text = re.sub(r"^(\*+|_+|`+)(.*\w.*)\1$", r"\2", text).strip()
+    text = text.removesuffix("**") if said and "**" in said.group(1) else text
+    return "" if text.upper().rstrip(".") == "NONE" else text, list(dict.fromkeys(found))
 
 # %% ../../nbs/futuremind/06_students.ipynb #eede6fc0
 def _used(reply: Reply) -> Ledger:
@@ -876,7 +923,7 @@ class _Talk:
         """One message of the model."""
         offered = [_TOOL] if self.native and tools else ()
         reply = self.student.client.generate([Request(self.messages, max_tokens=1024, tools=offered)])[0]
-        self.spent += _used(reply)
+        self.spent, reply = self.spent + _used(reply), replace(reply, text=_thought_out(reply.text))
         text, calls = _native_calls(reply) if self.native else _spoken_calls(reply)
         said: dict[str, Any] = {"role": "assistant", "content": text}
         self.messages.append(said | {"tool_calls": list(reply.tool_calls)} if self.native and calls else said)
@@ -970,6 +1017,8 @@ def _follow(self: Any, question: str, plan: Plan | None = None, max_calls: int |
     ending: dict[str, Any] = {"step": "answer", "reason": "no line ANSWER:"}
     try:
         text = _converse(talk, self.max_steps if max_calls is None else max_calls)
+        if re.search(r"\bNONE\b", text, re.IGNORECASE):
+            ending["reason"] = "the model finds no answer"
     except ChatError as error:
         ending = endpoint_failed(error)
     answer, evidence = _ending(text, talk.shown)
@@ -983,7 +1032,7 @@ def _ask_model(self: Any, rules: str, text: str) -> list[str]:
     reply = self.client.generate([request])[0]
     with self._lock:
         self.ledger += _used(reply)
-    lines = [line.strip(" -*\t") for line in reply.text.splitlines()]
+    lines = [line.strip(" -*\t") for line in _thought_out(reply.text).splitlines()]
     return [line for line in lines if line and line.upper() != "NONE"]
 
 
@@ -1053,7 +1102,7 @@ class LLMStudent:
     Raises
     ------
     ValueError
-        If `protocol` is unknown.
+        If `protocol` is unknown, the client is no chat, or the retriever has no corpus or search.
 
     Notes
     -----
@@ -1065,6 +1114,9 @@ class LLMStudent:
     def __init__(self, client: Any, retriever: Any, protocol: str = "native") -> None:
         if protocol not in ("native", "text"):
             raise ValueError(f"protocol must be 'native' or 'text', got {protocol!r}")
+        for name, value, needs in (("client", client, ["generate"]), ("retriever", retriever, ["corpus", "search"])):
+            if missing := [need for need in needs if not hasattr(value, need)]:
+                raise ValueError(f"the {name} has no {missing[0]}: {type(value).__name__}")
         self.client, self.retriever, self.protocol = client, retriever, protocol
         self.ledger, self._lock = Ledger(), threading.Lock()
 
@@ -1094,7 +1146,9 @@ def _bare(condition: Condition) -> str:
 def _without(plan: Plan, question: str, ablate: Collection[str]) -> Plan:
     """The plan that is left when stages or ways to search are taken away."""
     if "R" in ablate and plan.conditions:
-        plan = replace(plan, steps=[Step(c.id, _bare(c), c.needs, c.binds, "text", "", "all") for c in plan.conditions])
+        bound = {name for c in plan.conditions for name in c.binds}
+        plan = replace(plan, target=plan.target if plan.target in bound or not plan.target.isidentifier() else "",
+                       steps=[Step(c.id, _bare(c), c.needs, c.binds, "text", "", "all") for c in plan.conditions])
     if "P" in ablate:
         last = replace(plan.steps[-1], extract="text")
         plan = replace(plan, objective="", attributes=(), target="", target_type="", dimensions=(),
@@ -1223,11 +1277,15 @@ def _planned(teacher: Any, question: str) -> tuple[Plan, Ledger]:
         plan, usage, calls = teacher.ask(question)
         return plan, Ledger(calls, usage.prompt_tokens, usage.completion_tokens)
     plan = teacher.plan(question)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"the teacher must give a Plan, got {type(plan).__name__}")
     return plan, Ledger(1, _length(question), _length(plan.to_json()))
 
 
 def _unplanned(error: LookupError, seconds: float) -> Answer:
     """No answer as there is no plan: the reason, and what was spent on it."""
+    if isinstance(error, KeyError | IndexError):  # a fault of the teacher, no word that it has no plan
+        raise error
     reason = str(error.args[0]) if error.args else type(error).__name__
     usage = getattr(error, "usage", TokenUsage(0, 0))
     spent = Ledger(getattr(error, "calls", 0), usage.prompt_tokens, usage.completion_tokens, seconds=seconds)
@@ -1240,7 +1298,6 @@ def _answer(self: Any, question: str) -> Answer:
     Parameters
     ----------
     question : str
-        The text of the question.
 
     Returns
     -------
@@ -1250,9 +1307,9 @@ def _answer(self: Any, question: str) -> Answer:
     Raises
     ------
     ValueError
-        If the question is empty, or the plan of the teacher does not validate.
+        If the question is empty, or the plan of the teacher is no `Plan` or does not validate.
     """
-    if not question.strip():
+    if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must not be empty, got {question!r}")
     began, left = time.perf_counter(), not {"A", "B", "C"} <= self.ablate
     try:
@@ -1261,7 +1318,7 @@ def _answer(self: Any, question: str) -> Answer:
         return _unplanned(error, time.perf_counter() - began)
     plan = _without(plan, question, self.ablate)
     head = {"step": "plan", "paradigm": plan.paradigm, "steps": [s.instruction() for s in plan.steps]}
-    if hasattr(self.student, "follow"):
+    if left and hasattr(self.student, "follow"):
         told = self.student.follow(question, plan)
         text, evidence, trace, spent = told.text, told.evidence, told.trace, spent + told.ledger
     else:
@@ -1289,7 +1346,7 @@ class FutureMind:
     Raises
     ------
     ValueError
-        For an unknown letter, or `replan` out of range.
+        For an unknown letter, `replan` out of range, or a teacher or student that is none.
 
     Notes
     -----
@@ -1301,6 +1358,10 @@ class FutureMind:
             raise ValueError(f"unknown ablation {unknown[0]!r}; there are P, L, S, R, A, B, C")
         if isinstance(replan, bool) or not isinstance(replan, int) or not 0 <= replan <= 2:
             raise ValueError(f"replan must be 0, 1 or 2, got {replan!r}")
+        if not hasattr(teacher, "ask") and not hasattr(teacher, "plan"):
+            raise ValueError(f"the teacher has no plan: {type(teacher).__name__}")
+        if not hasattr(student, "follow") and not (hasattr(student, "retriever") and hasattr(student, "read")):
+            raise ValueError(f"the student has neither follow nor retriever and read: {type(student).__name__}")
         self.teacher, self.student, self.replan, self.ablate = teacher, student, replan, frozenset(ablate)
 
     answer = _answer

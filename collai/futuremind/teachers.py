@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -406,7 +406,7 @@ def _plain_form(question: str) -> str:
         inner, outer = (RELATIONS[name].noun for name in names)
         question = re.sub(rf"\b{derived} of\b", f"{outer} of the {inner} of", question)
     first, _, rest = question.partition(" ")
-    return f"{first.lower()} {rest}" if first in _FIRST and not _opens_name(first, rest) else question
+    return f"{first.lower()} {rest}" if _OPENER.fullmatch(first) and not _opens_name(first, rest) else question
 
 
 def _opens_name(first: str, rest: str) -> bool:
@@ -414,6 +414,9 @@ def _opens_name(first: str, rest: str) -> bool:
     return first == "The" and rest[:1].isupper()
 
 # %% ../../nbs/futuremind/05_teachers.ipynb #ed7faf96
+_OPENER = re.compile(rf"(?:{_either(_FIRST)})(?:['’]\w+)?|[A-Z]\w+n['’]t|Before|During|Has|Had|Have|If|Not|Since|Until")
+
+
 def _slot(phrase: str) -> tuple[str, str, str]:
     """Slot letter, relation (or operator) and direction of a known phrase."""
     if phrase in _OPERATORS:
@@ -787,7 +790,7 @@ def _best(self: Any, question: str) -> tuple[float, Plan | None]:
     which, scores = list(fits), []
     for i, cosine in zip(which, self._cosines(reading.masked, which), strict=True):
         words = set(self.patterns[i].words)
-        shared = len(words & reading.words) / len(words | reading.words) if words | reading.words else 1.0
+        shared = 1.0 if words == reading.words else 0.5 * len(words & reading.words) / len(words | reading.words)
         scores.append(shared * (1 + cosine) / 2)
     top = int(np.argmax(scores))
     return scores[top], _filled(self.patterns[which[top]], question, fits[which[top]])
@@ -858,8 +861,9 @@ def _distil(self: Any, teacher: Any, questions: Sequence[str]) -> int:
         if self.retrieve(asked) is None:
             try:
                 self._keep(asked, teacher.plan(asked))
-            except LookupError:
-                continue
+            except LookupError as error:
+                if isinstance(error, KeyError | IndexError):  # a fault of the teacher
+                    raise
     return len(self.patterns) - before
 
 # %% ../../nbs/futuremind/05_teachers.ipynb #2d09db3e
@@ -1016,6 +1020,18 @@ def _opening(question: str) -> list[dict[str, str]]:
             {"role": "user", "content": _TASK + json.dumps(question, ensure_ascii=False)}]
 
 # %% ../../nbs/futuremind/05_teachers.ipynb #9b833d9b
+def _expected(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a plan, of its conditions and steps; what a model adds to them is left out."""
+    def kept(value: Any, kind: Any) -> Any:
+        known = {field.name for field in fields(kind)}
+        return {k: v for k, v in value.items() if k in known} if isinstance(value, Mapping) else value
+    made = kept(data, Plan)
+    for name, kind in (("conditions", Condition), ("steps", Step)):
+        if isinstance(made.get(name), list):
+            made[name] = [kept(item, kind) for item in made[name]]
+    return made
+
+
 def _plan_in(text: str) -> Plan:
     """The plan in a reply, which may stand between other words."""
     said = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
@@ -1027,7 +1043,7 @@ def _plan_in(text: str) -> Plan:
             reason = f"the reply is no JSON: {error}" if "steps" not in said[:start] else reason
             continue
         if "steps" in data:
-            plan = Plan.from_json(data)
+            plan = Plan.from_json(_expected(data))
             plan.validate()
             return plan
     raise ValueError(reason)
@@ -1170,6 +1186,8 @@ class RecordedTeacher:
                 continue
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict) or "question" not in row or not isinstance(row.get("plan"), dict | str):
+                    raise ValueError(f'expected {{"question", "plan"}}, got {line.strip()[:60]}')
                 plan = Plan.from_json(row["plan"])
                 plan.validate()
                 self.plans[_asked(row["question"])] = plan

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collai.eval.llm import ChatRefused, ChatTimeout, Reply, TokenUsage
+from collai.eval.llm import ChatRefused, ChatTimeout, Reply, TokenUsage, fingerprint
 from collai.futuremind import baselines
 from collai.futuremind.baselines import IRCoT, NaiveAnswer, SearchO1, StandardRAG, ToolCall, evaluate
-from collai.futuremind.retrieval import BM25Retriever, Corpus
-from collai.futuremind.students import Answer, Ledger, LLMStudent, ReaderStudent
+from collai.futuremind.paradigms import Candidate
+from collai.futuremind.retrieval import BM25Retriever, Corpus, DenseRetriever, HybridRetriever
+from collai.futuremind.students import Answer, FutureMind, Ledger, LLMStudent, ReaderStudent
+from collai.futuremind.teachers import PatternLibrary, RecordedTeacher, SymbolicTeacher, write_plans
 from collai.futuremind.worlds import Doc, Question
 
 ROOT = Path(__file__).parents[3]
@@ -354,3 +357,73 @@ def test_the_golden_file_is_what_the_methods_answer(tmp_path):
         assert row["questions"] == stored[name]["questions"]
         equal = np.mean([a == b for a, b in zip(row["answers"], stored[name]["answers"], strict=True)])
         assert equal >= 0.9, name  # rounding of another processor may turn a tie
+
+
+# ---------------------------------------------------------------- found by a new user
+
+def test_a_run_over_several_retrievers_goes_on(tmp_path):
+    def asked():
+        corpus = Corpus.from_docs(DOCS)
+        hybrid = HybridRetriever(BM25Retriever(corpus), DenseRetriever(corpus, Bags()))
+        return evaluate(StandardRAG(ReaderStudent(hybrid, Bags())), [question()], resume=tmp_path / "a.db", workers=1)
+    assert asked().frame.equals(asked().frame)
+    corpus = Corpus.from_docs(DOCS)
+    other = HybridRetriever(BM25Retriever(corpus, k1=1.2), DenseRetriever(corpus, Bags()))
+    with pytest.raises(ValueError, match="retrievers"):
+        evaluate(StandardRAG(ReaderStudent(other, Bags())), [question()], resume=tmp_path / "a.db")
+
+
+def test_other_plans_are_another_run(tmp_path):
+    plan = SymbolicTeacher().plan(CHAIN)
+    other = replace(plan, steps=[replace(step, query=f"the {step.query}") for step in plan.steps])
+    libraries = [PatternLibrary(Bags(), fallback=SymbolicTeacher()) for _ in range(3)]
+    pattern = libraries[0].distil(SymbolicTeacher(), [CHAIN]) and libraries[0].patterns[0]
+    for i, library in enumerate(libraries):
+        library.patterns = [pattern] * (59, 60, 60)[i]
+    libraries[2].patterns[30] = replace(pattern, masked="other")
+    teachers = []
+    for i, recorded in enumerate((plan, other)):
+        write_plans({CHAIN: recorded}, tmp_path / f"{i}.jsonl")
+        teachers.append(RecordedTeacher(tmp_path / f"{i}.jsonl"))
+    for name, group in (("records", teachers), ("libraries", libraries), ("fallbacks", [PatternLibrary(Bags(), t) for t in teachers])):
+        for teacher in (group[0], group[0]):
+            evaluate(FutureMind(teacher, reader()), [question()], resume=tmp_path / name)
+        for teacher in group[1:]:
+            with pytest.raises(ValueError, match="study fingerprint mismatch"):
+                evaluate(FutureMind(teacher, reader()), [question()], resume=tmp_path / name)
+        assert len({fingerprint(baselines._settings(teacher)) for teacher in group}) == len(group)
+
+
+@pytest.mark.parametrize(("run", "message"), [
+    *[(lambda m, gold=gold: evaluate(m, [question(), question(1, answer=gold)]), "question 'q1': the gold answer") for gold in ("The The", "A", "???", "")],
+    (lambda m: evaluate(m, [question(type="all")]), "question 'q0': the type 'all'"),
+    (lambda m: evaluate(m, [{}]), "questions must hold Question only, got dict"),
+    (lambda m: evaluate(m, [question()], workers=None), "workers must be an integer >= 1, got None"),
+    (lambda m: evaluate(m, [question()], workers=True), "workers must be an integer >= 1, got True"),
+    (lambda m: evaluate(None, [question()]), "the method has no answer: NoneType")])
+def test_what_cannot_be_scored_is_refused_before_the_first_call(run, message):
+    method = Told({})
+    with pytest.raises(ValueError, match=message):
+        run(method)
+    assert method._asked == []
+
+
+def test_questions_may_come_from_a_generator():
+    report = evaluate(Told({CHAIN: "Adda Brin"}), (question(i, answer="The" if i else "x", aliases=["Adda Brin"]) for i in range(2)))
+    assert report.frame["em"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("title", ["Lorn (film)", "Lorn!", "L. Orn & Co."])
+def test_titles_with_marks_are_found_without_a_plan(title):
+    docs = [Doc(title, [f"{title} is a film.", "It was directed by Fenn Tarr."]), *DOCS[2:]]
+    assert ToolCall(reader(docs)).answer(f"Who is the mother of the director of {title}?").text == "Adda Brin"
+
+
+def test_the_sentence_that_was_read_is_the_next_query_though_titles_repeat():
+    docs = [Doc("Lorn", ["Lorn is a film.", "It was directed by Fenn Tarr."]), Doc("Lorn", ["Lorn is long.", "It is grey."])]
+    student = ReaderStudent(BM25Retriever(Corpus.from_docs(docs, ids=["a", "b"])), Bags())
+    assert baselines._line_of(student, Candidate("Fenn Tarr", "Lorn", 1)) == "It was directed by Fenn Tarr."
+
+
+def test_thoughts_are_no_sentence_of_the_chain():
+    assert IRCoT(model("<think>So the answer is: Velk.</think>Lorn is by Fenn Tarr.", "So the answer is: Adda Brin.")).answer(CHAIN).text == "Adda Brin"

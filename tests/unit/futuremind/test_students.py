@@ -546,3 +546,97 @@ def test_a_small_model_that_only_babbles_ends_in_no_answer(retriever):
 def test_an_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match="protocol must be 'native' or 'text', got 'json'"):
         LLMStudent(None, None, "json")
+
+
+# --- found by a new user ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("title", ["Mercury (company)", "Yahoo!", "C++", '"Mercury"', "Barnes & Noble, Inc.", "J. P. Morgan & Co.", "AC/DC"])
+def test_titles_may_begin_and_end_in_marks(title):
+    docs = [Doc(title, [f"{title} is a company.", "It was founded by Anna Bell in 1902."]), *DOCS]
+    student = ReaderStudent(BM25Retriever(Corpus.from_docs(docs)), SvdEmbedder())
+    assert ask(student, f"founder of {title}", "person") == ["Anna Bell"]
+    if "(" in title:
+        assert ask(student, "founder of Mercury", "person") == ["Anna Bell"]
+
+
+def test_a_name_without_qualifier_stands_for_all_that_have_one():
+    docs = [Doc("Mercury (planet)", ["Mercury is a planet.", "It is hot."]), Doc("Mercury (singer)", ["Mercury is a singer.", "He was born in Ely."]),
+            Doc("Mercury (company)", ["Mercury is a company.", "It was founded by Anna Bell."]), Doc("Ely", ["Ely is a city."])]
+    student = ReaderStudent(BM25Retriever(Corpus.from_docs(docs)), SvdEmbedder())
+    assert ask(student, "founder of Mercury", "person") == ["Anna Bell"]
+    assert ask(student, "place of birth of Mercury", "city") == ["Ely"]
+
+
+@pytest.mark.parametrize("unit", ["doc", "sentence", "window"])
+def test_documents_of_one_title_are_all_read(unit):
+    docs = [Doc("Mercury", ["Mercury is a company.", "It was founded by Anna Bell.", "It is old.", "It is big."]), Doc("Mercury", ["Mercury makes cars.", "It is loud."])]
+    for some in (docs, docs[::-1]):
+        corpus = Corpus.from_docs(some, unit, ids=["a", "b"])
+        student = ReaderStudent(BM25Retriever(corpus), SvdEmbedder())
+        assert [text for _, text in student._shelf.page("Mercury").sentences] == [t for d in some for t in d.sentences]
+        assert ask(student, "founder of Mercury", "person") == ["Anna Bell"]
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("on 5 Feb 1950", ("1950-02-05", "date")), ("Sept. 7, 1950", ("1950-09-07", "date")), ("the 3rd of May 1950", ("1950-05-03", "date")),
+    ("paid $3.2 million", ("3.2 million", "number")), ("it has 1,200 workers", ("1,200", "number")), ("12 millionaires", ("12", "number"))])
+def test_short_months_and_large_numbers_are_read(text, found):
+    assert [(s.text, s.kind) for s in module._facts(text)] == [found]
+
+
+@pytest.mark.parametrize(("said", "text"), [
+    ("<think>ANSWER: draft</think>\nANSWER: final", "final"), ("<think>x</think>ANSWER: Oslo", "Oslo"), ("so</think>Answer: Oslo", "Oslo"),
+    ("ANSWER: **Oslo**", "Oslo"), ("**ANSWER: Oslo**", "Oslo"), ("**Answer:** **Oslo**", "Oslo"), ("ANSWER:\nOslo", "Oslo"),
+    ("ANSWER: Sagittarius A*", "Sagittarius A*"), ('ANSWER: Oslo\nEVIDENCE: [["Ely", 0]]', "Oslo")])
+def test_answers_are_read_in_all_their_spellings(retriever, said, text):
+    assert LLMStudent(Script(said), retriever, "text").follow("Who?").text == text
+    chat = Script('<think>ACTION: {"tool": "search", "args": {"queries": ["Ely"]}}</think>ANSWER: x')
+    assert LLMStudent(chat, retriever, "text").follow("Who?").ledger.searches == 0
+
+
+@pytest.mark.parametrize("said", ["ANSWER: NONE", "answer: none.", "ANSWER:\nNONE\nEVIDENCE: []"])
+def test_none_is_no_answer(retriever, said):
+    found = LLMStudent(Script(said), retriever, "text").follow("Who?")
+    assert found.text == "" and found.trace[-1]["reason"] == "the model finds no answer"
+    hits = retriever.search(["Ada Lark"])[0]
+    assert LLMStudent(Script("<think>Tom</think>\nNONE"), retriever).read(Step("S", "x"), hits, {}) == []
+
+
+def test_a_fault_of_the_teacher_is_not_taken_for_no_plan(student):
+    for fault in (KeyError("steps"), IndexError("list index out of range")):
+        with pytest.raises(type(fault)):
+            FutureMind(Fixed(fault), student).answer("Who?")
+
+
+def test_failed_calls_of_the_teacher_are_paid(retriever):
+    found = FutureMind(LLMTeacher(Script("no", "no")), ReaderStudent(retriever, SvdEmbedder())).answer("Who?")
+    bill = found.ledger
+    assert (found.text, bill.teacher_calls, bill.teacher_tokens_in, bill.teacher_tokens_out) == ("", 2, 20, 10)
+
+
+def test_without_a_way_to_search_a_model_does_not_search(retriever):
+    chat = Script(SPOKEN, FINAL)
+    found = FutureMind(Fixed(two_steps()), LLMStudent(chat, retriever, "text"), ablate="ABC").answer("Who?")
+    assert (found.text, found.ledger.searches, chat.asked) == ("", 0, []) and found.trace[-1]["reason"] == "no way to search is left"
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda s, r: FutureMind(None, s), "the teacher has no plan: NoneType"),
+    (lambda s, r: FutureMind(Fixed(None), None), "the student has neither follow nor retriever and read: NoneType"),
+    (lambda s, r: FutureMind(Fixed(two_steps()), s).answer(None), "question must not be empty, got None"),
+    (lambda s, r: FutureMind(Fixed(None), s).answer("Who?"), "the teacher must give a Plan, got NoneType"),
+    (lambda s, r: FutureMind(Fixed({}), s).answer("Who?"), "the teacher must give a Plan, got dict"),
+    (lambda s, r: LLMStudent(None, r), "the client has no generate: NoneType"),
+    (lambda s, r: LLMStudent(Script(), None), "the retriever has no corpus: NoneType")])
+def test_what_can_be_no_part_is_refused(student, retriever, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(student, retriever)
+
+
+def test_a_person_with_a_qualifier_has_a_surname():
+    docs = [Doc("Jo Lark (pilot)", ["Jo Lark is a pilot.", "Lark was born in Ely."]), *DOCS]
+    student = ReaderStudent(BM25Retriever(Corpus.from_docs(docs)), SvdEmbedder())
+    page = student._shelf.page("Jo Lark (pilot)")
+    assert page.kind == "person" and page.names == ("Jo Lark (pilot)", "Jo Lark", "Lark")
+    assert ask(student, "place of birth of Jo Lark", "city") == ["Ely"]

@@ -338,7 +338,9 @@ def broken(**changes):
 
 @pytest.mark.parametrize(("reply", "reason"), [
     ("no", "holds no JSON object"), ('{"steps":' + "[" * 100_000, "is no JSON"), ('{"steps": [', "is no JSON"), (broken(paradigm="Z"), "unknown paradigm 'Z'"),
-    (broken(steps=[]), "at least one step"), (broken(extra=1), "unknown key 'extra'"),
+    (broken(steps=[]), "at least one step"),
+    ("no", "holds no JSON object"), ('{"steps": [', "is no JSON"), (broken(paradigm="Z"), "unknown paradigm 'Z'"),
+    (broken(steps=[]), "at least one step"), (broken(target=1), "target must be a text"),
     (broken(steps=[{"id": "S1", "query": "of {y}"}]), "S1 needs 'y'")])
 def test_one_repair_then_it_gives_up(reply, reason):
     chat = Script(reply, GOOD.to_json())
@@ -389,7 +391,68 @@ def test_recorded_plans(tmp_path):
     with pytest.raises(LookupError, match="no recorded plan for 'Who"):
         teacher.plan("Who is it?")
     path.write_text('\n{"question": "Q"}\n')
-    with pytest.raises(ValueError, match=r"plans.jsonl, line 2: 'plan'"):
+    with pytest.raises(ValueError, match=r'plans.jsonl, line 2: expected {"question", "plan"}'):
         RecordedTeacher(path)
     with pytest.raises(FileNotFoundError):
         RecordedTeacher(tmp_path / "none")
+
+
+# --- found by a new user ----------------------------------------------------------------------------------------------
+
+class Given:
+    """A teacher with one plan, or one error."""
+
+    def __init__(self, plan):
+        self.given = plan
+
+    def plan(self, question):
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+
+CITIBANK = "Who was president of the United States in the year that Citibank was founded?"
+OLDER = "Is Ford older than BMW?"
+
+
+@pytest.mark.parametrize(("change", "fits"), [
+    (("that Citibank", "that Ford"), True), (("was president", "was not president"), False), (("was president", "wasn't president"), False),
+    (("president", "vice president"), False), (("that Citibank", "after Ford"), False), (("was president", "was the wife of the president"), False)])
+def test_one_more_word_blocks_a_pattern(change, fits):
+    steps = [Step("S1", "founding date of Citibank", (), ("x1",), "date", "", "first"),
+             Step("S2", "president of the United States in {x1}", ("x1",), ("x2",), "person", "", "first")]
+    library = PatternLibrary(Letters())
+    assert library.distil(Given(Plan("o", (), "x2", "person", (), "m", (), "A", steps)), [CITIBANK]) == 1
+    found = library.retrieve(CITIBANK.replace(*change))
+    assert (found is not None) == fits and (not fits or found.steps[0].query == "founding date of Ford")
+
+
+def test_a_short_not_is_no_part_of_a_name():
+    steps = [Step(f"S{i}", f"founding date of {name}", (), (f"x{i}",), "date", "", "first") for i, name in ((1, "Ford"), (2, "BMW"))]
+    library = PatternLibrary(Letters())
+    library.distil(Given(Plan("o", (), "'yes' if x1 < x2 else 'no'", "text", (), "m", (), "C", steps)), [OLDER])
+    assert library.retrieve("Is Fiat older than BMW?").steps[0].query == "founding date of Fiat"
+    for question in ("Isn't Ford older than BMW?", "Isn’t Ford older than BMW?", "Is Ford not older than BMW?"):
+        assert library.retrieve(question) is None
+
+
+def test_a_fault_of_the_teacher_ends_the_distillation():
+    assert PatternLibrary(Letters()).distil(Given(LookupError("no plan")), [OLDER]) == 0
+    with pytest.raises(KeyError):
+        PatternLibrary(Letters()).distil(Given(KeyError("steps")), [OLDER])
+
+
+def test_keys_that_a_model_adds_are_left_out():
+    data = json.loads(GOOD.to_json()) | {"reasoning": "because"}
+    for part in ("conditions", "steps"):
+        data[part] = [item | {"note": "n"} for item in data[part]]
+    assert LLMTeacher(Script(json.dumps(data))).ask(QUESTION) == (GOOD, TokenUsage(10, 3), 1)
+
+
+@pytest.mark.parametrize(("line", "reason"), [("null", "got null"), ('{"plan": {}}', 'expected {"question", "plan"}'), ("[1]", r"got \[1\]"),
+                                              ('{"question": "Q", "plan": null}', "plan")])
+def test_a_line_that_is_no_record_is_named(tmp_path, line, reason):
+    (tmp_path / "plans.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=f"plans.jsonl, line 2: .*{reason}") as caught:
+        RecordedTeacher(tmp_path / "plans.jsonl")
+    assert "NoneType' object" not in str(caught.value)
