@@ -280,11 +280,12 @@ def test_a_profile_lists_launches_and_operators_in_order_without_counting_twice(
 
 def test_a_profile_measures_the_time_of_the_launch(lib):
     slow = cjit("void f(float *x, long n) { for (long i = 0; i < n; i++) x[0] = x[0] * 0.5f + 1.0f; }", ("-O1",))
-    times = []
-    for n in (10_000, 4_000_000):
-        (_, us, generated), = [e for e in profile_launches(lambda n=n: slow.f(torch.ones(1), n)) if e[2]]
-        times.append(us)
-    assert generated and times[1] > 20 * times[0]
+
+    def fastest(n, tries):  # of some tries: a process that is held up now and then does not count
+        found = [profile_launches(lambda: slow.f(torch.ones(1), n)) for _ in range(tries)]
+        return min(us for events in found for _, us, generated in events if generated)
+
+    assert fastest(4_000_000, 1) > 20 * fastest(10_000, 9)
 
 
 def test_the_clock_of_the_profile_can_not_be_replaced_from_outside(lib, monkeypatch):
