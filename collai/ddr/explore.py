@@ -2252,10 +2252,21 @@ def _wanted(options: Sequence[tuple[float, Claim]], questions: Sequence[str], sc
     return [(chance / sum(c for c, _ in some), told) for some in found.values() for chance, told in some]
 
 
+_KNOWN: dict[str, list[tuple[float, Claim]]] = {}  # options from other worlds, by schema
+
+
+def _known(schema: Schema) -> list[tuple[float, Claim]]:
+    """What other worlds with these tables tell, worked out once."""
+    key = repr((_OTHERS, *(sorted(part.items()) for part in (schema.values, schema.comments, schema.keys))))
+    if key not in _KNOWN:
+        _KNOWN[key] = list(_as_seen(_usual(schema), schema))
+    return _KNOWN[key]
+
+
 def _guesses(self: Any, schema: Schema) -> list[Claim]:
     """The likeliest claims, one about each subject, as many as are allowed."""
-    seen = _usual(schema) if self.seen is None else self.seen
-    options = [*_as_seen(seen, schema), *((1e-3 * chance if seen else chance, claim) for chance, claim in _evenly(schema, self.sign))]
+    known = _known(schema) if self.seen is None else list(_as_seen(self.seen, schema))
+    options = [*known, *((1e-3 * chance if known else chance, claim) for chance, claim in _evenly(schema, self.sign))]
     if self.questions is not None:
         options = _wanted(options, self.questions, schema)
     best: dict[tuple[Any, ...], Claim] = {}
