@@ -413,7 +413,7 @@ def hotpot_scores(pred: Mapping[str, Any], gold: Sequence[Mapping[str, Any]], st
     Returns
     -------
     dict of float
-        The 12 official keys ({"", sp_, joint_} × {em, f1, prec, recall}), fractions.
+        The 12 official keys (none, ``sp_``, ``joint_`` before em, f1, prec, recall), fractions.
 
     Raises
     ------
@@ -448,7 +448,7 @@ def wiki2_scores(pred: Mapping[str, Any], gold: Sequence[Mapping[str, Any]],
     Returns
     -------
     dict
-        The 16 official keys ({"", sp_, evi_, joint_} × {em, f1, prec, recall}) in percent, rounded to 2 digits, and
+        The 16 official keys (none, ``sp_``, ``evi_``, ``joint_`` before em, f1, prec, recall) in percent, rounded to 2 digits, and
         ``raw`` with the same keys as fractions.
 
     Raises
