@@ -1129,7 +1129,7 @@ def test_a_dead_worker_is_replaced_at_once(fleet):
 def test_a_candidate_does_not_outlive_its_worker_and_five_deaths_are_enough(fleet):
     id, old = fleet.submit(task(candidate("while True: pass"), timeout=600)), set()
     while not fleet._queue.records(id):  # the infrastructure's fault, five times
-        soon(lambda: any(stat(pid) and stat(pid)[0] == b"R" for pid in processes(fleet)[1]), 1)
+        soon(lambda: any((seen := stat(pid)) and seen[0] == b"R" for pid in processes(fleet)[1]), 1)
         old |= processes(fleet)[1]
         pids = fleet.worker_pids()
         kill(*pids)
