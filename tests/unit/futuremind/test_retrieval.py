@@ -427,10 +427,13 @@ import sys, time, numpy as np
 from collai.futuremind import retrieval
 retrieval._AT_ONCE = 4
 class Slow:
-    hash, dim = "slow", 2
+    hash, dim, calls = "slow", 2, 0
     def encode(self, texts):
         time.sleep(0.004)
         open(sys.argv[2], "a").write("".join(text + "\\n" for text in texts))
+        self.calls += 1
+        if self.calls == int(sys.argv[3]):
+            time.sleep(600)
         return np.array([[int(text), -int(text)] for text in texts], np.float32)
 rows = retrieval.cached(Slow(), sys.argv[1]).encode([str(i) for i in range(200)])
 assert np.array_equal(rows[:, 0], np.arange(200)) and np.array_equal(rows[:, 1], -np.arange(200))
@@ -440,21 +443,28 @@ print("done")
 
 def test_killed_and_parallel_processes_leave_whole_vectors_and_no_lock(tmp_path):
     file, log = tmp_path / "c.sqlite", tmp_path / "log"
-    start = [sys.executable, "-c", SCRIPT, str(file), str(log)]
-    for wait in (0.0, 0.03, 0.06):
-        victim = subprocess.Popen(start, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-        while not log.is_file() and victim.poll() is None:
-            time.sleep(0.005)
-        time.sleep(wait)
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.wait()
-    with sqlite3.connect(file) as db:
-        stored = db.execute("SELECT count(*), min(length(data)), max(length(data)) FROM vector").fetchone()
-    before = log.read_text().split()
-    assert 0 < stored[0] < 200 and stored[1:] == (8, 8) and stored[0] >= len(before) - 3 * 4
-    runs = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) for _ in range(2)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    log.touch()
+
+    def start(stuck=0):
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(file), str(log), str(stuck)], stdout=subprocess.PIPE, text=True, env=env)
+
+    def stored():
+        with sqlite3.connect(file) as db:
+            return db.execute("SELECT count(*), min(length(data)), max(length(data)) FROM vector").fetchone()
+
+    for stuck, more in ((6, 24), (0, 4), (0, 20)):  # the first hangs in its sixth call, the others are hit anywhere
+        victim, seen = start(stuck), len(log.read_text().split())
+        while len(log.read_text().split()) < min(seen + more, 200) and victim.poll() is None:
+            time.sleep(0.002)
+        victim.kill()
+        victim.communicate()
+        assert stuck == 0 or stored() == (20, 8, 8)
+    kept, before = stored(), log.read_text().split()
+    assert kept[1:] == (8, 8) and max(20, len(before) - 3 * 4) <= kept[0] <= 200
+    runs = [start() for _ in range(2)]
     assert [run.communicate(timeout=60)[0].strip() for run in runs] == ["done", "done"]
-    assert len(log.read_text().split()) - len(before) == 200 - stored[0]  # nobody did the other's work again
+    assert len(log.read_text().split()) - len(before) == 200 - kept[0]  # nobody did the other's work again
 
 
 # ---- GPU part, on the processor
