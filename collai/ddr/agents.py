@@ -916,13 +916,13 @@ def _measured_model(device: str, small: bool) -> Any:
     return (model if small else model.to(torch.bfloat16)).eval()
 
 
-def _clocked(work: Any, device: str) -> float:
-    """Seconds of some work, after a run that warms up."""
+def _clocked(work: Any, device: str, warm: Any = None) -> float:
+    """Seconds of some work, after a run of it, or of `warm`, that warms up."""
     import torch
 
-    for _ in range(2):
+    for run in (warm or work, work):
         begin = perf_counter()
-        work()
+        run()
         torch.cuda.synchronize() if device == "cuda" else None
     return perf_counter() - begin
 
@@ -931,10 +931,10 @@ def _decode_row(model: Any, device: str, small: bool) -> dict[str, Any]:
     """Tokens a second of one conversation: the peer grows its cache, ours has a fixed one, which transformers compiles on a GPU."""
     import torch
 
-    ids, n = torch.ones((1, 16 if small else 1024), dtype=torch.long, device=device), 16 if small else 256
+    ids, n = torch.ones((1, 16 if small else 1024), dtype=torch.long, device=device), 16 if small else 128
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():
-        grown = _clocked(lambda: model.generate(ids, **options), device)
+        grown = _clocked(lambda: model.generate(ids, **options), device, lambda: model.generate(ids, **{**options, "max_new_tokens": 4}))
         fixed = _clocked(lambda: model.generate(ids, cache_implementation="static", **options), device)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"name": "agents/decode_one", "measured": n / fixed, "unit": "tokens/s", "bound": 4.8e12 / size if device == "cuda" else None,
@@ -948,7 +948,7 @@ def _flight_row(model: Any, words: Any, device: str, small: bool) -> dict[str, A
     agents, turns, n = (6, 2, 4) if small else (64, 4, 64)
     rules, task = _opening(("sql", "python"), True, None)
 
-    def fly(chat: Any, agent: int) -> int:
+    def fly(chat: Any, turns: int, agent: int) -> int:
         talk = [rules, {**task, "content": f"Analyze shop {agent}."}]
         for turn in range(turns):
             reply = chat.generate([Request(talk, max_tokens=n)])[0]
@@ -957,7 +957,10 @@ def _flight_row(model: Any, words: Any, device: str, small: bool) -> dict[str, A
 
     def flown(chat: Any) -> float:
         with ThreadPoolExecutor(agents) as pool:
-            return _clocked(lambda: sum(pool.map(partial(fly, chat), range(agents))), device)
+            def fleet(turns: int) -> Any:
+                return lambda: list(pool.map(partial(fly, chat, turns), range(agents)))
+
+            return _clocked(fleet(turns), device, fleet(1))
 
     shared, bare = (TogetherChat(model, words, batch_size=agents) for _ in range(2))
     bare._decoder = bare._decoder.decoder
