@@ -957,10 +957,8 @@ def _flight_row(model: Any, words: Any, device: str, small: bool) -> dict[str, A
 
     def flown(chat: Any) -> float:
         with ThreadPoolExecutor(agents) as pool:
-            def fleet(turns: int) -> Any:
-                return lambda: list(pool.map(partial(fly, chat, turns), range(agents)))
-
-            return _clocked(fleet(turns), device, fleet(1))
+            one, all_of_them = ((lambda n=n: list(pool.map(partial(fly, chat, n), range(agents)))) for n in (1, turns))
+            return _clocked(all_of_them, device, one)
 
     shared, bare = (TogetherChat(model, words, batch_size=agents) for _ in range(2))
     bare._decoder = bare._decoder.decoder
