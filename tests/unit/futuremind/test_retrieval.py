@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import signal
 import sqlite3
 import subprocess
 import sys
