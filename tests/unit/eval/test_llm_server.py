@@ -71,8 +71,8 @@ def raw_server(content, monkeypatch):
 
 def test_right_replies_in_the_right_order_and_the_bill_under_every_fault():
     questions = [ask(f"question {i}") for i in range(20)]
-    with ChatServer(llm._Echo(0.01), faults=FAULTS, hang_s=3.0) as server:
-        replies = OpenAIChat(model="local", base_url=server.base_url, timeout=1.5).generate(questions)
+    with ChatServer(llm._Echo(0.01), faults=FAULTS, hang_s=6.0) as server:
+        replies = OpenAIChat(model="local", base_url=server.base_url, timeout=4.0).generate(questions)
         assert {e["fault"] for e in server.requests} == set(FAULTS)
     assert [r.text for r in replies] == [f"question {i}" for i in range(20)]
     assert total(replies) == server.billed == TokenUsage(20 * 7 + 210, 210)
@@ -97,8 +97,8 @@ def test_right_replies_in_the_right_order_and_the_bill_under_every_fault():
     ],
 )
 def test_without_retries_every_fault_says_what_it_is_and_is_sent_once(fault, kind, status, billed, wait):
-    with ChatServer(llm._Echo(), faults=(fault,), hang_s=1.0) as server:
-        chat = OpenAIChat(model="local", base_url=server.base_url, timeout=0.3 if fault == "hang" else 9, max_retries=0)
+    with ChatServer(llm._Echo(), faults=(fault,), hang_s=2.0) as server:
+        chat = OpenAIChat(model="local", base_url=server.base_url, timeout=1.0 if fault == "hang" else 30, max_retries=0)
         with pytest.raises(ChatError) as caught:
             chat.generate([ask("a")])
         assert len(server.requests) == 1 and server.billed == TokenUsage(0, 0)
@@ -473,7 +473,7 @@ def test_a_chat_that_is_gone_closes_its_connections():
 
 
 def test_the_measurement_compares_equal_work_and_refuses_other_devices():
-    row = llm._compare("n", "items/s", lambda: time.sleep(0.02) or 10, lambda: time.sleep(0.01) or 10, rounds=3)
+    row = llm._compare("n", "items/s", lambda: time.sleep(0.12) or 10, lambda: time.sleep(0.06) or 10, rounds=3)
     assert 0.2 < row["measured"] < 0.9 and row["low"] <= row["measured"] <= row["high"] and row["rounds"] == 3
     hit = llm._measure_cache(entries=30, reads=20)
     assert 0 < hit["low"] <= hit["measured"] <= hit["high"] and hit["entries"] == 30

@@ -356,9 +356,9 @@ def test_a_served_model_is_billed_what_the_server_counts_and_less_than_the_bound
 @pytest.mark.parametrize(("fault", "kind", "billed"), [(429, ChatError, False), (500, ChatError, False), (400, ChatRefused, False),
                                                        ("cut", ChatError, None), ("garbage", BadReply, None), ("hang", ChatTimeout, None)])
 def test_one_attempt_is_made_and_its_error_says_whether_it_was_billed(fault, kind, billed):
-    with ChatServer(TransformersChat(policy(0), LETTERS), faults=(fault,), hang_s=1.0) as running:
+    with ChatServer(TransformersChat(policy(0), LETTERS), faults=(fault,), hang_s=2.0) as running:
         with pytest.raises(kind) as caught:
-            ask(served(running, timeout=0.3 if fault == "hang" else 20.0), call(TASK))
+            ask(served(running, timeout=1.0 if fault == "hang" else 60.0), call(TASK))
         assert caught.value.billed is billed and len(running.requests) == 1
 
 
