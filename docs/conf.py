@@ -13,9 +13,12 @@ from pathlib import Path
 
 from docutils import nodes
 
+GALLERY = "viabench"  # the chain that has one
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(DOCS)]
+from gallery import gallery  # noqa: E402
+
 metadata = configparser.ConfigParser(delimiters=["="])
 metadata.read(ROOT / "settings.ini", encoding="utf-8")
 
@@ -80,9 +83,10 @@ def about_paper(card: dict) -> list[str]:
 
 
 def chain_page(slug: str, card: dict, notebooks: list[Path]) -> str:
-    """Write the page of a chain: what the paper is about, its notebooks in reading order, its API."""
+    """Write the page of a chain: what the paper is about, its notebooks in reading order, its API, its gallery."""
     about = about_paper(card) if card else ["Shared by the chains of the papers.", ""]
-    tree = ["```{toctree}", ":maxdepth: 1", "", *(f"/nbs/{slug}/{n.stem}" for n in notebooks), f"/api/{slug}", "```", ""]
+    more = [f"/api/{slug}", *([f"/gallery/{slug}"] if slug == GALLERY else [])]
+    tree = ["```{toctree}", ":maxdepth: 1", "", *(f"/nbs/{slug}/{n.stem}" for n in notebooks), *more, "```", ""]
     return "\n".join([f"# {slug}", "", *about, *tree])
 
 
@@ -112,10 +116,22 @@ def generated() -> dict[Path, str]:
     return pages
 
 
+def write_pictures(folder: Path, pictures: dict[str, bytes]) -> None:
+    """Write the pictures of the gallery into the built site, and take away those of families that are gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (file for file in folder.iterdir() if file.name not in pictures):
+        old.unlink()
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+
+
 def write_pages(app: object) -> None:
     """Bring the generated pages up to date; what stays the same is not touched, so that Sphinx need not read it again."""
     pages = generated()
-    for group in ("nbs", "chains", "shared", "api"):
+    if GALLERY in {page.stem for page in pages if page.parent.name == "chains"}:
+        pages[DOCS / "gallery" / f"{GALLERY}.md"], pictures = gallery()
+        write_pictures(Path(app.outdir) / "_static" / "gallery", pictures)
+    for group in ("nbs", "chains", "shared", "api", "gallery"):
         for old in (file for file in (DOCS / group).rglob("*.*") if file.is_file() and file not in pages):
             old.unlink()
     for path, text in pages.items():

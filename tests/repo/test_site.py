@@ -16,7 +16,8 @@ CHAINS = sorted({notebook.parent.name for notebook in CHAIN_NOTEBOOKS})
 RICHEST = [max((n for n in CHAIN_NOTEBOOKS if n.parent.name == chain), key=lambda n: n.read_text(encoding="utf-8").count("$"))
            for chain in CHAINS]  # the notebook of each chain with the most formulas
 PAPERS = {f"nbs/{n.parent.name}/{n.stem}" for n in PAPER_NOTEBOOKS}
-PAGES = ["index", "nbs/index", *(f"nbs/{n.parent.name}/{n.stem}" for n in RICHEST), *(f"api/{chain}" for chain in CHAINS)]
+PAGES = ["index", "nbs/index", *(f"nbs/{n.parent.name}/{n.stem}" for n in RICHEST), *(f"api/{chain}" for chain in CHAINS),
+         "gallery/viabench"]
 SITE = ROOT / "build" / "site"
 
 
@@ -87,3 +88,35 @@ def test_the_browser_shows_the_page(address, browser, name):
 def test_the_map_shows_its_tables(site):
     page = (site / "nbs" / "index.html").read_text(encoding="utf-8")
     assert page.count("<table") == 3, "papers, shared chains, how to use: a table of the map is shown as running text"
+
+
+def test_the_gallery_slides_through_the_strengths(address, browser):
+    page = browser.new_page()
+    page.goto(f"{address}/gallery/viabench.html", wait_until="networkidle")
+    figures = page.locator(".vb-gallery figure")
+    sliders = figures.get_by_role("slider")
+    assert figures.count() == sliders.count() > 0
+    for figure, slider in zip(figures.all(), sliders.all(), strict=True):
+        picture, window = figure.locator("img"), figure.locator("div")
+        assert figure.get_attribute("id") in slider.get_attribute("aria-label"), "the slider is not named after its family"
+        assert picture.evaluate("i => i.naturalWidth == 5 * i.naturalHeight"), "a strip has five pictures"
+        for step, strength in ((0, "0"), (2, "0.5"), (4, "1")):
+            slider.fill(str(step))
+            assert figure.locator("output").inner_text() == strength
+            shown, frame = picture.bounding_box(), window.bounding_box()
+            assert abs(frame["x"] - shown["x"] - step * frame["width"]) < 1, "the slider does not show the picture of its strength"
+    sliders.first.focus()
+    page.keyboard.press("ArrowLeft")
+    assert figures.first.locator("output").inner_text() == "0.75", "the slider does not answer the keyboard"
+    page.close()
+
+
+def test_the_gallery_is_complete_without_a_script(address, browser):
+    context = browser.browser.new_context(java_script_enabled=False) if browser.browser else None
+    if context is None:
+        pytest.skip("this browser keeps one profile: no page without a script")
+    page = context.new_page()
+    page.goto(f"{address}/gallery/viabench.html")
+    shown = page.locator(".vb-gallery img").first.bounding_box()
+    assert abs(shown["width"] / shown["height"] - 5) < 0.1, "the whole strip must be seen"
+    context.close()
