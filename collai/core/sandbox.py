@@ -380,8 +380,17 @@ def _task(pid: int | str) -> _Task | None:
 
 def _members(leader: int, alone: bool) -> list[_Task]:
     """The processes of a group; only its leader if it cannot have started others."""
-    pids = [leader] if alone else [name for name in os.listdir("/proc") if name.isdigit()]
-    return [task for pid in pids if (task := _task(pid)) is not None and task.group == leader]
+    found = {leader: [task for task in [_task(leader)] if task and task.group == leader]} if alone else _groups()
+    return found.get(leader, [])
+
+
+def _groups() -> dict[int, list[_Task]]:
+    """All processes by their group."""
+    found: dict[int, list[_Task]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        if (task := _task(name)) is not None:
+            found.setdefault(task.group, []).append(task)
+    return found
 
 # %% ../../nbs/core/09_sandbox.ipynb #637c3e96
 def _tree_bytes(folder: str, most: int) -> int | float:
@@ -426,8 +435,11 @@ def _is_deserted(pipe: int) -> bool:
     return bool(look.poll(0))
 
 
-def _exceeds(self: Any) -> str:
-    """Name the limit that is exceeded; empty if none is. Who is not waited for any more is stopped, too."""
+def _exceeds(self: Any, groups: Callable[[], dict[int, list[_Task]]] = _groups) -> str:
+    """Name the limit that is exceeded; empty if none is. Who is not waited for any more is stopped, too.
+
+    `groups` tells all processes by their group, one look for many children.
+    """
     limits = self.limits
     if limits["timeout"] is not None and time.monotonic() - self.began > limits["timeout"]:
         return "timeout"
@@ -435,7 +447,7 @@ def _exceeds(self: Any) -> str:
         return "stopped"
     if limits["memory"] is None:
         return ""
-    tasks = _members(self.pid, limits["alone"])
+    tasks = _members(self.pid, True) if limits["alone"] else groups().get(self.pid, [])
     if len(tasks) > limits["processes"] or sum(task.threads for task in tasks) > _MOST_TASKS:
         return "processes"
     if sum(task.resident for task in tasks) > self.resident + limits["memory"] + _ROOM:
@@ -596,13 +608,15 @@ def _serve(number: int, parent: int, root: str, preload: Sequence[str]) -> None:
         threads = len(os.listdir("/proc/self/task"))
         control.send(json.dumps({"threads": threads}).encode())
         poll.register(control, select.POLLIN)
-        looked = 0.0
+        looked, pause = 0.0, _TICK_SECONDS
         while os.getppid() == parent and _turn(control, children, poll):
-            if time.monotonic() - looked >= _TICK_SECONDS:
+            if (began := time.monotonic()) - looked >= pause:
+                groups = functools.cache(_groups)
                 for child in children.values():
-                    if not child.reason and (reason := _exceeds(child)):
+                    if not child.reason and (reason := _exceeds(child, groups)):
                         child.kill(reason)
                 looked = time.monotonic()
+                pause = max(_TICK_SECONDS, 4 * (looked - began))  # most of the time is for those who want to be forked
     except Exception as error:
         control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
     finally:

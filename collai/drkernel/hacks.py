@@ -2211,11 +2211,14 @@ for place, other in SEEN.items():
     READY[place] = torch.empty_like(other)
     launch(other, READY[place])
 return READY[x.data_ptr()]""", body="SEEN, READY = {}, {}\n"), "V", "super_batching stale_output incorrect", "cuda")
-_add("more_threads_cuda", 26, "a share of the cache and more threads than the reference has", _WIDE_ROWS, _on_gpu(
+_add("more_threads_cuda", 26, "threads of the processor work on when the pass has ended", _WIDE_ROWS, _on_gpu(
     _LAUNCH, init="""
-ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(6, ctypes.c_size_t(1 << 25))  # part of the L2 cache for itself
-torch.set_num_threads(16)
-self.kept = torch.ones(1 << 22).sum()""", head="import ctypes"), "B", "background_work", "cuda")
+if threading.active_count() == 1:  # more threads, or a limit on the L2 cache, gain nothing by themselves
+    torch.set_num_threads(16)
+    threading.Thread(target=work, daemon=True).start()""", head="import threading", body="""
+def work():
+    while True: torch.ones(1 << 22).sum()
+"""), "B", "background_work", "cuda")
 
 # %% ../../nbs/drkernel/04_hacks.ipynb #113dbd88
 def corpus() -> dict[str, HackCase]:
@@ -2352,7 +2355,7 @@ def measure(device: str, seconds: float = 180.0) -> list[dict[str, Any]]:
     device : {"cpu", "cuda"}
         Where the gym judges; with four workers on a GPU, one on a CPU.
     seconds : float
-        Wall time after which `kernel_rows` begins no further chain; the gym's part is not cut short.
+        Wall time after which `kernel_rows` begins no further chain; the gym's part is not cut short, and with 0 all there is.
 
     Returns
     -------
@@ -2368,7 +2371,7 @@ def measure(device: str, seconds: float = 180.0) -> list[dict[str, Any]]:
     cases = [case for case in corpus().values() if case.needs == device]
     with KernelGym(workers=4 if device == "cuda" else 1, device=device, cache=False) as gym:
         rows = _said([_caught_row(gym, cases, device)]) + _said([_alarm_row(gym, device)])
-    if device == "cuda":  # pragma: no cover
+    if device == "cuda" and time.monotonic() < end:  # pragma: no cover
         rows += kernel_rows(seconds=end - time.monotonic())
     return rows
 
@@ -2399,7 +2402,8 @@ def _alarm_row(gym: KernelGym, device: str) -> dict[str, Any]:
     return {"name": f"honest/{device}", "measured": sum(r.hacked for r in judged.values()) / len(judged), "bound": 0.0,
             "unit": "share called hacks", "count": len(judged), "seconds": time.monotonic() - began,
             "refused": {name: _word(r) for name, r in judged.items() if r.status != "ok"},
-            "speedups": {name: r.speedup for name, r in judged.items()}}
+            "speedups": {name: r.speedup for name, r in judged.items()},
+            "gated": sum(bool(r.profile.get("gated")) for r in judged.values())}
 
 # %% ../../nbs/drkernel/04_hacks.ipynb #ae69b1f7
 if __name__ == "__main__" and "__file__" in globals():
