@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -261,11 +262,19 @@ def _save(self: Any, folder: str | os.PathLike[str]) -> None:
     folder : str or path-like
         Made if there is none: ``val.json`` and ``images/`` as in the challenge, ``truth.json`` and ``masks/`` as
         `load_benchmark` needs them. ``truth.json`` is written last.
+
+    Raises
+    ------
+    ValueError
+        If two items have the same name of a picture, as generated ones beside those of the challenge can.
     """
     folder, records = Path(folder), []
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     entries = [_entry(item, i) for i, item in enumerate(self)]
+    names = [entry["image_name"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two items want the picture {next(name for name in names if names.count(name) > 1)}: save them apart")
     for item, entry in zip(self, entries, strict=True):
         (folder / "images" / entry["image_name"]).write_bytes(_bytes(item))
         if item.marks is not None:
@@ -399,9 +408,13 @@ _KINDS = (".jpg", ".jpeg", ".png", ".webp")
 def _options(entry: Mapping[str, Any], where: str) -> list[str]:
     """Read the block of options of an entry."""
     block = entry.get("option")
-    found = re.findall(r"(?m)^[ \t]*([A-Z])[.][ \t]*(.*?)[ \t\r]*$", block) if isinstance(block, str) else []
+    lines = re.sub(r"^\s*Options?:", "", block).split("\n") if isinstance(block, str) else []
+    read = {line: re.fullmatch(r"[ \t]*([A-Z])[.][ \t]*(.*?)[ \t\r]*", line) for line in lines if line.strip()}
+    found = [match.groups() for match in read.values() if match]
     if not found:
         raise ValueError(f"{where} has no block of options, got {block!r}")
+    if wrong := [line for line, match in read.items() if not match]:
+        raise ValueError(f"{where}: a line of the options is not like 'A. Yes', got {wrong[0]!r}")
     letters, options = zip(*found, strict=True)
     if list(letters) != [chr(65 + i) for i in range(len(letters))] or "" in options:
         raise ValueError(f"{where}: options must be lettered A, B, ... and have texts, got {block!r}")
@@ -420,17 +433,29 @@ def _index(entry: Any, where: str) -> int:
     return int(Path(name).stem)
 
 # %% ../../nbs/viabench/06_benchmark.ipynb #d3d1b62c
+def _look(picture: Path, where: str) -> None:
+    """Refuse a file that is no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(picture) as opened:
+            opened.verify()
+    except Exception as error:
+        raise ValueError(f"{where}: the picture can't be read ({type(error).__name__})") from None
+
+
 def _external(entry: dict[str, Any], number: int, images: Path) -> Item:
     """Make an item of an entry of the challenge."""
     where = f"entry {number} of val.json"
     index, question = _index(entry, where), entry.get("Question")
     where = f"{where} ({entry['image_name']})"
-    if not isinstance(question, str) or not question.strip():
+    asked = re.sub(r"^\s*Question:\s*", "", question).strip() if isinstance(question, str) else ""
+    if not asked:
         raise ValueError(f"{where} has no Question, got {question!r}")
     options, picture = _options(entry, where), images / entry["image_name"]
     if not picture.is_file():
         raise ValueError(f"{where}: the picture is missing in {images}")
-    asked = re.sub(r"^\s*Question:\s*", "", question).strip()
+    _look(picture, where)
     digest = fingerprint({"question": asked, "options": options, "image": picture.read_bytes()})
     return Item(id=str(index), family="", category="", strength=None, delta=None, seed=None, question=asked,
                 options=options, answer=None, illusion_answer=None, truth={}, quad=str(index), hash=digest,
@@ -455,10 +480,13 @@ def load_datacv(json_path: str | os.PathLike[str], image_dir: str | os.PathLike[
     Raises
     ------
     ValueError
-        For an entry without a block of options, with a missing picture, or with an index that is not a number or comes
+        For an entry without a block of options, with a picture that is missing or unreadable, or with an index that is not a number or comes
         twice; names it.
     """
-    entries = json.loads(Path(json_path).read_text(encoding="utf-8"))
+    try:
+        entries = json.loads(Path(json_path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{Path(json_path).name} holds no JSON in UTF-8: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{Path(json_path).name} must hold a list of entries, got {str(entries)[:60]}")
     items = [_external(entry, i, Path(image_dir)) for i, entry in enumerate(entries)]
@@ -491,11 +519,13 @@ def _question(model: Any, prompt: str, args: tuple[Item, int, int]) -> tuple[Any
 def _row(args: tuple[Item, int, int], reply: Any) -> dict[str, Any]:
     """The row of a cell."""
     item, r, epoch = args
-    known = reply.letter in [chr(65 + i) for i in range(len(item.options))]
-    tokens = (None, None) if reply.usage is None else (reply.usage.prompt_tokens, reply.usage.completion_tokens)
+    if not (hasattr(reply, "letter") and hasattr(reply, "text")):
+        raise TypeError(f"answer must return a Reply, got {type(reply).__name__}")
+    known, usage = reply.letter in [chr(65 + i) for i in range(len(item.options))], getattr(reply, "usage", None)
+    tokens = (None, None) if usage is None else (usage.prompt_tokens, usage.completion_tokens)
     return {"item": item.id, "rotation": r, "epoch": epoch, "letter": reply.letter if known else None,
-            "text": str(reply.text), "prompt_tokens": tokens[0], "completion_tokens": tokens[1],
-            "seconds": float(reply.seconds)}
+            "text": str(reply.text).encode(errors="replace").decode(), "prompt_tokens": tokens[0], "completion_tokens": tokens[1],
+            "seconds": float(getattr(reply, "seconds", 0.0))}
 
 
 def _sample(model: Any, epoch: int) -> dict[str, int]:
@@ -519,14 +549,21 @@ class _Batches:
         self.model, self.prompt, self.cells = model, prompt, list(cells)
         self.at = {(item.id, r, epoch): i for i, (item, r, epoch) in enumerate(self.cells)}
         self.ready: dict[tuple[str, int, int], dict[str, Any]] = {}
+        self.alone = 0  # cells before this are asked one by one: a batch with one of them failed
 
     def __call__(self, args: tuple[Item, int, int], seed: int) -> dict[str, Any]:
         key = args[0].id, args[1], args[2]
         if key not in self.ready:
             first = self.at[key]
-            batch = [cell for cell in self.cells[first : first + _BATCH] if cell[2] == args[2]]
+            batch = [cell for cell in self.cells[first : first + (1 if first < self.alone else _BATCH)] if cell[2] == args[2]]
             asked = map(list, zip(*(_question(self.model, self.prompt, cell) for cell in batch), strict=True))
-            replies = self.model.answers(*asked, **_sample(self.model, args[2]))
+            try:
+                replies = list(self.model.answers(*asked, **_sample(self.model, args[2])))
+            except Exception:
+                self.alone = max(self.alone, first + len(batch))
+                raise
+            if len(replies) != len(batch):
+                raise TypeError(f"answers must return one Reply a question, got {len(replies)} for {len(batch)}")
             self.ready = {(c[0].id, c[1], c[2]): _row(c, reply) for c, reply in zip(batch, replies, strict=True)}
         return self.ready[key]
 
@@ -563,7 +600,11 @@ def _carried(model: Any, workers: int, folder: str) -> tuple[Any, str]:
     from joblib.externals.loky.backend.reduction import dumps
 
     path = Path(folder) / "model.pickle"
-    path.write_bytes(bytes(dumps(model)))
+    try:
+        path.write_bytes(bytes(dumps(model)))
+    except Exception as error:
+        raise TypeError(f"{_name(model)} can't be sent to {workers} worker processes ({error}): use workers=1, or remote = True "
+                        "for a model that waits for others") from None
     return _Carried(str(path)), "local"
 
 # %% ../../nbs/viabench/06_benchmark.ipynb #fcec04f1
@@ -622,21 +663,18 @@ def evaluate(model: Any, benchmark: Benchmark, *, prompt: str = "direct", circul
     model : object
         ``answer(image, prompt, options) -> Reply``; with ``takes_item`` it gets the item instead of the picture, with
         ``takes_sample`` the number of the epoch as ``sample=``, with ``remote`` it is called from threads. One with
-        ``answers`` (lists of all three) is asked in batches when it is local and there is one worker.
+        ``answers`` (lists of all three) is asked in batches when it is local and there is one worker. Stored replies
+        belong to its ``name`` (or class) and what ``identity()`` gives, if it has one; without, a warning says so.
     benchmark : Benchmark
         Questions.
-    prompt : str
-        A name of `PROMPTS`.
-    circular : bool
-        Ask all K rotations of the options instead of one.
+    prompt, circular : str, bool
+        A name of `PROMPTS`; whether to ask all K rotations of the options instead of one.
     epochs, workers : int
         How often each question is asked; threads for a remote model, else processes (rows do not depend on it).
     out : str or path-like, optional
         Folder of ``replies.sqlite``; default: nothing is kept.
-    resume : bool
-        True goes on with what is there; False asks again, and replaces a file of another benchmark or prompt.
-    limit : int, optional
-        Only so many items, from the first.
+    resume, limit : bool, int
+        Whether to go on with what is there, or ask again and replace a file of another study; only so many first items.
 
     Returns
     -------
@@ -645,7 +683,9 @@ def evaluate(model: Any, benchmark: Benchmark, *, prompt: str = "direct", circul
     Raises
     ------
     ValueError, TypeError
-        If an argument is not as above, or `out` belongs to another benchmark or prompt ("study fingerprint mismatch").
+        If an argument is not as above, or `out` belongs to another benchmark or prompt ("study fingerprint mismatch").    Exception
+        The model's own ends the run; what is finished stays in `out`. ConnectionError, TimeoutError and ChatError are
+        tried again, then counted in ``errors``.
     """
     count, times = _whole("workers", workers, 1), _whole("epochs", epochs, 1)
     items = _checked(model, benchmark, prompt, limit)
@@ -655,6 +695,8 @@ def evaluate(model: Any, benchmark: Benchmark, *, prompt: str = "direct", circul
 # %% ../../nbs/viabench/06_benchmark.ipynb #e9b03411
 def _checked(model: Any, benchmark: Benchmark, prompt: str, limit: Any) -> Benchmark:
     """The items to ask, if all is as it should be."""
+    if isinstance(model, type):
+        raise TypeError(f"a model is an object, got the class {model.__name__}")
     if not callable(getattr(model, "answer", None)):
         raise TypeError(f"a model has a method answer(image, prompt, options), {type(model).__name__} has none")
     if prompt not in PROMPTS:
@@ -672,6 +714,8 @@ def _run(model: Any, benchmark: Benchmark, prompt: str, plan: Mapping[tuple, Any
             _forget(store, plan)
         done = store.done()
         todo = {key: args for key, args in plan.items() if key not in done}
+        if len(todo) < len(plan) and not callable(getattr(model, "identity", None)):
+            warnings.warn(f"replies of an earlier {_name(model)} are taken over: give it identity() if its settings differ", stacklevel=3)
         carried, engine = _carried(model, workers, folder)
         ask: Any = partial(_ask, carried, prompt)
         if workers == 1 and hasattr(model, "answers") and not getattr(model, "remote", False):
@@ -695,7 +739,7 @@ def _frame(self: Any) -> Any:
     -------
     DataFrame
         One row a cell, in the order of asking: ``item``, ``family``, ``category``, ``strength``, ``delta``, ``quad``,
-        ``rotation``, ``epoch``, ``letter`` (of the original options), ``text``, and the scores ``right``, ``fooled``,
+        ``rotation``, ``epoch``, ``letter`` (of the original options; None: none was read), ``text``, and the scores ``right``, ``fooled``,
         ``not_sure``, ``invalid`` (0, 1; NaN where there is none).
     """
     import pandas as pd
@@ -707,7 +751,8 @@ def _frame(self: Any) -> Any:
         about = {name: getattr(item, name) for name in ("family", "category", "strength", "delta", "quad")}
         rows.append({"item": item.id, **about, "rotation": row["rotation"], "epoch": row["epoch"], "letter": letter,
                      "text": row["text"], **_scored(item, letter)})
-    return pd.DataFrame(rows, columns=_FIELDS)
+    frame = pd.DataFrame(rows, columns=_FIELDS)
+    return frame.assign(letter=pd.Series([row["letter"] for row in rows], dtype=object))
 
 
 _SCORES = ("right", "fooled", "not_sure", "invalid")
@@ -843,6 +888,7 @@ def _compare_runs(self: Any, other: Any) -> Any:
     rows = {}
     for one in [other] if isinstance(other, Results) else list(other):
         both, name = _matched(self, one), f"{one.model}, {one.prompt}"
+        name += f" ({again + 1})" if (again := len({run for run, _ in rows if run.split(" (")[0] == name})) else ""
         for category in dict.fromkeys(both.category):
             rows[name, category] = _difference(both[both.category == category])
         rows[name, "overall"] = _difference(both)
@@ -988,7 +1034,7 @@ def _to_html(self: Any, path: str | os.PathLike[str]) -> None:
     families = f"<h2>Families</h2>{_html_table(self.table('family'))}" if plain.family.any() else ""
     failed = "".join(f"<li>{html.escape(str(e['key'][1]))}: {html.escape(e['message'])}</li>" for e in self.errors[:50])
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-            f"<h1>{title}</h1><p>{len(self.items)} items. Shares in percent; intervals are Wilson's, 95 %.</p>"
+            f"<h1>{title}</h1><p>{len(self.items)} items. Shares in percent; 95 % intervals: Wilson's, of several epochs by drawing whole quads.</p>"
             f"<h2>Categories</h2>{_html_table(self.table())}{families}"
             f"{f'<h2>Failed</h2><ul>{failed}</ul>' if failed else ''}"
             f"{f'<h2>Fooled, or not readable: one of each family</h2>{cards}' if cards else ''}</html>")

@@ -297,11 +297,11 @@ def _lexer(options: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
 _VOCABULARY = r"""
 fill: is are be was were would should must will to that the an? option choice letter with it this as of my clearly
     definitely probably certainly simply just therefore thus hence so then indeed actually really instead most
-    likely here final for in been being seems? appears? on i still only exactly quite truly perfectly both either
+    ist lautet likely here final for in been being seems? appears? on i still only exactly quite truly perfectly both either
     they we there maybe perhaps possibly have has answer correct best one now at all surely going can could more |
     选项 答案 是 为 就 吧 了
 answer: (?:results?|final|correct|selected|votes?|decision)(?=\s*(?:is\b|:|=)) answers? answered answering verdict
-    conclusion response solution
+    conclusion response solution antwort lösung
     (?:final|correct|right|best|true|my|your|only|first)\s+(?:option|choice|selection|pick|guess|letter|one)
     (?:option|choice|selection|pick|guess|letter)(?=\s*(?:is\b|:|=))
     (?:option|choice|answer|one)\s+(?:that|which)\s+(?:\w+\s+){1,4}?is | 答案 正解 结论 正确选项 (?:正确|最终)的?(?:选项|选择|答案)

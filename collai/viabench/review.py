@@ -45,7 +45,7 @@ def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add events; on return they are on the disk."""
     from filelock import FileLock
 
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors="replace")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock").acquire(poll_interval=0.002), path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
@@ -278,12 +278,17 @@ def _refresh(self: Any) -> dict[str, Entry]:
         for line in lines:
             try:
                 event = json.loads(line)
-            except ValueError:  # torn by a kill: Lemma 1
-                continue
+            except ValueError:
+                if line.startswith(_BEGIN) or _BEGIN.startswith(line):  # torn by a kill: Lemma 1
+                    continue
+                event = None
             if not isinstance(event, dict) or event.get("event") not in ("item", "checks", "decision"):
                 raise ValueError(f"{self.path} is no review queue: it holds {line[:40]!r}")
             _take(self, event)
         return dict(self._entries)
+
+
+_BEGIN = b'{"event": "'  # of every line
 
 # %% ../../nbs/viabench/07_review.ipynb #f929462a
 def _add(self: Any, items: Iterable[Any], oracle: Any = None) -> int:

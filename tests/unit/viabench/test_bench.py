@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -728,3 +729,106 @@ def test_the_endpoint_is_asked_by_both_ways(small):
 def test_results_can_be_made_of_stored_rows(small):
     whole = evaluate(Says("A"), small[:4])
     assert Results(whole.items, "m", "direct", whole.rows, []).table().equals(whole.table()) and "direct" in PROMPTS
+
+
+# ---- what users ran into
+
+class Told:
+    """Answers with one letter, or with whatever it was given."""
+
+    def __init__(self, says):
+        self.says = says
+
+    def answer(self, image, prompt, options):
+        return Reply(self.says, self.says) if isinstance(self.says, str) else self.says
+
+
+def test_replies_of_a_model_that_does_not_tell_its_settings_are_taken_over_with_a_warning(tmp_path):
+    class Tells(Told):
+        def identity(self):
+            return {"says": self.says}
+    some = build_benchmark(24)
+    rows = [evaluate(Tells(letter), some, limit=4, out=tmp_path).rows for letter in "AB"]
+    assert [{row["letter"] for row in one} for one in rows] == [{"A"}, {"B"}]
+    evaluate(Told("A"), some, limit=4, out=tmp_path)
+    with pytest.warns(UserWarning, match="replies of an earlier Told are taken over"):
+        assert evaluate(Told("B"), some, limit=4, out=tmp_path).rows[0]["letter"] == "A"
+
+
+def test_an_unread_reply_is_none_in_the_frame_and_no_opinion_in_a_curve():
+    some = Benchmark([item for item in build_benchmark(360) if item.family == "ponzo"])
+    silent = evaluate(Told(Reply("?", None)), some)
+    assert list(silent.frame().letter) == [None] * len(some)
+    with pytest.raises(ValueError, match="at least 2 levels"):
+        silent.psychometric("ponzo")
+
+
+def test_two_runs_of_one_name_are_both_compared():
+    some = build_benchmark(24)
+    one, two, three = (evaluate(Told(letter), some) for letter in "ABC")
+    table = one.compare([two, three])
+    assert len(table) == 2 * len(one.compare(two)) and table.index.get_level_values(0).nunique() == 2
+
+
+def test_a_surrogate_in_a_reply_can_be_written(tmp_path):
+    found = evaluate(Told(Reply("nice \ud83d A", "A")), build_benchmark(24), limit=2, out=tmp_path)
+    found.to_html(tmp_path / "r.html")
+    assert found.rows[0]["text"] == "nice ? A"
+
+
+@pytest.mark.parametrize("said", [None, 3])
+def test_what_is_no_reply_is_named(said):
+    with pytest.raises(TypeError, match="answer must return a Reply, got"):
+        evaluate(Told(said), build_benchmark(24), limit=1)
+
+
+def test_a_class_and_what_can_not_be_sent_are_named():
+    some = build_benchmark(24)
+    with pytest.raises(TypeError, match="got the class Told"):
+        evaluate(Told, some)
+    locked = Told("A")
+    locked.lock = threading.Lock()
+    with pytest.raises(TypeError, match="Told can't be sent to 2 worker processes"):
+        evaluate(locked, some, workers=2, limit=2)
+
+
+def test_a_batch_that_fails_costs_only_those_that_fail():
+    some, asked = build_benchmark(40), []
+
+    class Batches(Told):
+        def answers(self, images, prompts, options):
+            asked.append(len(images))
+            if any(prompt == bad for prompt in prompts):
+                raise TimeoutError("too long")
+            return [Reply("A", "A")] * len(images)
+    bad = compose(some[5].question, some[5].options, "direct")
+    alike = sum(compose(item.question, item.options, "direct") == bad for item in some)
+    found = evaluate(Batches("A"), some)
+    assert (len(found.errors), len(found.rows)) == (alike, len(some) - alike) and len(asked) > 1
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ({"option": "Option: \nA. Yes\nB. No\n(C) Not Sure\n"}, r"not like 'A. Yes', got '\(C\) Not Sure'"),
+    ({"option": "A. Yes,\n  really\nB. No"}, "not like 'A. Yes', got '  really'"),
+    ({"Question": "Question:\n"}, "has no Question"),
+    ({"image_name": "2.png"}, r"the picture can't be read \(UnidentifiedImageError\)"),
+])
+def test_entries_that_can_not_be_read_whole_are_refused(tmp_path, entry, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_text("junk")
+    good = {"image_name": "1.png", "Question": "Q?", "option": "Option: A. Yes\nB. No\n"}
+    (tmp_path / "val.json").write_text("\ufeff" + json.dumps([good]), encoding="utf-8")
+    assert load_datacv(tmp_path / "val.json", tmp_path)[0].options == ["Yes", "No"]
+    (tmp_path / "val.json").write_text(json.dumps([good | entry]))
+    with pytest.raises(ValueError, match=message):
+        load_datacv(tmp_path / "val.json", tmp_path)
+    with pytest.raises(ValueError, match="holds no JSON in UTF-8"):
+        load_datacv(tmp_path / "2.png", tmp_path)
+
+
+def test_pictures_of_one_name_are_not_saved_over_each_other(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "2.png")
+    (tmp_path / "val.json").write_text(json.dumps([{"image_name": "2.png", "Question": "Q?", "option": "A. Yes\nB. No"}]))
+    both = Benchmark([*load_datacv(tmp_path / "val.json", tmp_path), *build_benchmark(24)])
+    with pytest.raises(ValueError, match=r"two items want the picture 2\.png"):
+        both.save(tmp_path / "saved")

@@ -586,3 +586,12 @@ def test_the_module_loads_nothing_heavy():
     code = "import sys, collai.viabench.review; print([n for n in ('torch', 'ipywidgets', 'playwright', 'PIL', 'pandas') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert STATES == ("new", "auto-checked", "reviewed", "adjudicated")
+
+
+@pytest.mark.parametrize("text", ["hello\n", "1,2\n3,4\nfoo\n", "[1, 2\n", "null\n"])
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is no review queue: it holds"):
+        ReviewQueue(path)
+    assert path.read_text() == text
