@@ -885,10 +885,11 @@ def _compare_runs(self: Any, other: Any) -> Any:
     """
     import pandas as pd
 
-    rows = {}
+    rows = dict[tuple[str, str], dict[str, Any]]()
     for one in [other] if isinstance(other, Results) else list(other):
         both, name = _matched(self, one), f"{one.model}, {one.prompt}"
-        name += f" ({again + 1})" if (again := len({run for run, _ in rows if run.split(" (")[0] == name})) else ""
+        again = len({run for run, _ in rows if run == name or run.startswith(f"{name} (")})
+        name += f" ({again + 1})" if again else ""
         for category in dict.fromkeys(both.category):
             rows[name, category] = _difference(both[both.category == category])
         rows[name, "overall"] = _difference(both)
