@@ -93,7 +93,7 @@ def _made(name: str, category: str, question: str, options: tuple[str, ...], pai
 # %% ../../nbs/viabench/01_families.ipynb #99b2a3fb
 @contextmanager
 def _solid(canvas: Canvas, name: str) -> Iterator[None]:
-    """A layer of patches: their edges stay hard, so that every pixel has the patch's colour."""
+    """A layer whose edges stay hard: every pixel has the target's colour, equal targets have equal masks."""
     smooth, canvas.aa = canvas.aa, False
     with canvas.layer(name):
         yield
@@ -488,12 +488,16 @@ def _line_of(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 # %% ../../nbs/viabench/01_families.ipynb #926af802
 def _rule_poggendorff(image: np.ndarray, masks: dict[str, np.ndarray]) -> float:
-    """Offset of b from the line through a, in widths of the gap; 0 below half of the least delta."""
-    xa, ya, ux, uy = _line_of(masks["a"])
-    xb, yb, _, _ = _line_of(masks["b"])
+    """Offset of b from the line through a, in widths of the gap; 0 up to half of the least one that is drawn.
+
+    Both lines end in upright cuts, so their slope is that of the mean row over the columns, not of the long axis.
+    """
+    points = [np.nonzero(masks[name])[::-1] for name in "ab"]
+    slope = sum(float(np.polyfit(x, y, 1)[0]) for x, y in points) / 2
+    (xa, ya), (xb, yb) = ((float(x.mean()), float(y.mean())) for x, y in points)
     gap = np.nonzero(masks["b"].any(0))[0][0] - np.nonzero(masks["a"].any(0))[0][-1] - 1
-    off = float(yb - ya - uy / ux * (xb - xa)) * float(np.sign(uy)) / float(gap)
-    return off if abs(off) > 0.05 else 0.0
+    off = (yb - ya - slope * (xb - xa)) * math.copysign(1, slope) / float(gap)
+    return off if abs(off) > max(1, round(0.05 * float(gap))) / float(gap) else 0.0
 
 # %% ../../nbs/viabench/01_families.ipynb #9d57883f
 def _upright(canvas: Canvas, x: int, y: int, height: int, drift: int, width: int, rgb: Any) -> _Truth:
@@ -565,12 +569,11 @@ def _paint_hering(canvas: Canvas, rng: np.random.Generator, strength: _Num, delt
 # %% ../../nbs/viabench/01_families.ipynb #da6a6a1b
 def _rule_bow(image: np.ndarray, masks: dict[str, np.ndarray]) -> float:
     """Gap in the middle against the gap at the ends, signed so that a left means apart; 0 below half of delta_min."""
-    def at(name: str, share: _Num) -> float:
-        rows = np.nonzero(masks[name].any(1))[0]
-        row = rows[0] + round(share * (len(rows) - 1))
-        return float(np.nonzero(masks[name][row])[0].mean())
-    middle, first, last = (at("b", share) - at("a", share) for share in (0.5, 0.0, 1.0))
-    found = _relative(middle, (first + last) / 2) * (1 if middle > 0 else -1)
+    def parabola(name: str) -> np.ndarray:
+        y, x = np.nonzero(masks[name])
+        return np.polyfit(2 * (y - y.min()) / np.ptp(y) - 1, x, 2)
+    bend, _, middle = (parabola("b") - parabola("a")).tolist()
+    found = _relative(middle, middle + bend) * (1 if middle > 0 else -1)
     return found if abs(found) > 0.03 else 0.0
 
 # %% ../../nbs/viabench/01_families.ipynb #47e41122
@@ -623,16 +626,19 @@ def _paint_sander(canvas: Canvas, rng: np.random.Generator, strength: _Num, delt
     inks = _ends(mirror, (196, 20, 30), (20, 60, 190))
     truth: _Truth = {"delta": _relative(math.hypot(runs[0], height), math.hypot(runs[1], height))}
     for name, x, way, rgb in zip("ab", (foot - gap, foot + gap), (-runs[0], runs[1]), inks, strict=True):
-        with canvas.layer(name):
+        with _solid(canvas, name):
             truth[name] = canvas.segment(put(x + way), y0, put(x), y0 + height, max(2.0, 1.3 * width), rgb)
     return truth
 
 
 def _rule_span(image: np.ndarray, masks: dict[str, np.ndarray]) -> float:
-    """Relative difference of the diagonals of the boxes around a and b."""
-    spans = [math.hypot(*(np.ptp(np.nonzero(masks[name])[k]) + 1 for k in (0, 1))) for name in "ab"]
-    found = float(_relative(*spans))
-    return found if abs(found) > 0.05 else 0.0
+    """Relative difference of the lengths of a and b: their rows along the fitted slope; 0 below 1 %."""
+    spans = []
+    for name in "ab":
+        y, x = np.nonzero(masks[name])
+        spans.append(float(math.hypot(1, np.polyfit(y, x, 1)[0]) * (np.ptp(y) + 1)))
+    found = _relative(*spans)
+    return found if abs(found) > 0.01 else 0.0
 
 # %% ../../nbs/viabench/01_families.ipynb #54b04542
 _GEOMETRIC = {f.name: f for f in (
@@ -727,7 +733,7 @@ def _paint_snakes(canvas: Canvas, rng: np.random.Generator, strength: float, del
         with canvas.layer("inducer"):
             canvas.ring(cx, cy, hub, outer, colour)
         canvas.disc(cx, cy, hub, (250, 250, 250))
-        with canvas.layer(name):
+        with _solid(canvas, name):
             _needle(canvas, cx, cy, deg, 1.85 * hub, max(2, p(0.022)), (200, 30, 40))
         truth[name] = {"kind": "angle", "deg": deg % 180}
     return truth
@@ -1098,11 +1104,13 @@ def _paint_hermann(canvas: Canvas, rng: np.random.Generator, strength: float, de
     dark, out, wide = _tinted(rng, (22, 22, 22)), p(0.02), 5 * side + 4 * street
     canvas.fill(_tinted(rng, (150, 176, 204)))
     canvas.rect(x0 - out, y0 - out, x0 + wide + out, y0 + wide + out, (255, 255, 255))
+    shade = mix((255, 255, 255), dark, strength)
+    shade = mix(shade, _INK, 0.02) if list(shade) == rgb else shade  # half faded squares never look like a dot
     with canvas.layer("inducer"):
         for row in range(5):
             for column in range(5):
                 x, y = x0 + column * (side + street), y0 + row * (side + street)
-                canvas.rect(x, y, x + side, y + side, mix((255, 255, 255), dark, strength))
+                canvas.rect(x, y, x + side, y + side, shade)
     for place in chosen[:int(delta)]:
         row, column = divmod(int(place), 4)
         x, y = (start + side + street / 2 + k * (side + street) for start, k in ((x0, column), (y0, row)))
@@ -1447,8 +1455,8 @@ _SCENES = _MOTION | _GESTALT | _GENERAL | _ANOMALY
 _RULES_B: dict[str, Any] = {
     "rotating_snakes": ("angle",), "ouchi": _rule_spot, "motion_frames": _rule_moved, "kanizsa": ("light",),
     "proximity_grouping": _rule_halfway, "hidden_figure": ("light",), "figure_ground": ("length",),
-    "impossible_triangle": _rule_concurrent, "impossible_fork": _rule_leak, "hermann_grid": ("count", None),
-    "ambiguous_cube": ("light",), "finger_count": ("count", None), "leg_count": ("count", None), 
+    "impossible_triangle": _rule_concurrent, "impossible_fork": _rule_leak, "hermann_grid": ("count",),
+    "ambiguous_cube": ("light",), "finger_count": ("count",), "leg_count": ("count",),
     "odd_one_out": ("size",), "wrong_shadow": _rule_shadow,
     "wrong_reflection": ("length",), "clock_anomaly": _rule_hands}
 
@@ -1475,7 +1483,7 @@ def render(family: str, *, strength: float | int = 1.0, delta: float | int = 0.0
     size : int
         Width and height in px, 64 to 4096.
     aa : bool
-        Smooth edges; those of patches stay hard.
+        Smooth edges; those of patches, counted things, needles and Sander's diagonals stay hard.
 
     Returns
     -------

@@ -504,7 +504,8 @@ class Stimulus:
     truth : dict
         Targets "a", "b" of kind segment, patch, disc or angle, "count", "delta" as drawn, and the family's own; px.
     masks : dict of bool (size, size)
-        "inducer" always, "a", "b" and others when the family has them.
+        "inducer" always, "a", "b" and others when the family has them. With smooth edges a target's edge pixel that lets the
+        inducer shine through is the inducer's.
     """
 
     image: np.ndarray = field(repr=False)

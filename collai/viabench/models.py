@@ -1026,7 +1026,7 @@ def _stored(path: Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any
 
 # %% ../../nbs/viabench/05_models.ipynb #b8eccf5c
 class TinyVLM(_Tiny):
-    """A model of 0.57 million weights that saw only controls: strength 0, direct answers and chains (spec 2.4e, ours).
+    """A model of 0.58 million weights that saw only controls: strength 0, direct answers and chains (spec 2.4e, ours).
 
     Parameters
     ----------

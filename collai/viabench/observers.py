@@ -503,7 +503,7 @@ def _oracle_says(self: Any, item: Any) -> str | None:
     str or None
         Text of the option.
     """
-    counts = RULES[item.family] == ("count", None)
+    counts = RULES[item.family] == ("count",)
     return str(round(self.percept(item))) if counts else _says(self, item)
 
 # %% ../../nbs/viabench/02_observers.ipynb #90912abc

@@ -109,6 +109,22 @@ def test_answers_lie_in_the_pixels_and_controls_differ_in_the_inducer_alone(case
         assert (s.image == shown[0].image)[~s.masks["inducer"]].all()
 
 
+@pytest.mark.parametrize(("name", "strength", "delta", "seed", "size", "aa"), [
+    ("sander", 0.5, 0.1, 43, 64, False), ("sander", 1, 0.1, 388017, 67, True), ("sander", 0, 0.1, 251933, 67, True),
+    ("hering", 0.8906874281555186, 0, 558988, 81, True), ("poggendorff", 0.8490886981720673, 0, 958127, 73, True),
+    ("poggendorff", 0.5010624319134157, 0, 875866, 64, False),
+    ("rotating_snakes", 0, 12, 166494, 64, True)])
+def test_small_pictures_with_thin_lines_are_measured_rightly(name, strength, delta, seed, size, aa):
+    s = render(name, strength=strength, delta=delta, seed=seed, size=size, aa=aa)
+    assert s.options["ABCD".index(s.answer)] == measured(s)
+
+
+def test_fading_squares_never_take_the_colour_of_the_dots():
+    for strength in (0.432, 0.4325, 0.433):
+        s = render("hermann_grid", strength=strength, delta=4, seed=43, size=64)
+        assert s.options["ABCD".index(s.answer)] == measured(s) == "4"
+
+
 @few
 @given(drawn(of_kind("segment"), smooth=False))
 def test_segments_are_straight_runs_with_exact_ends(case):
