@@ -991,10 +991,9 @@ def _finish() -> bytes:
     """Wait for the answers, and say so."""
     if _HELD["device"] == "cuda":  # what is asked for on this stream is done; is there more elsewhere?
         torch.cuda.current_stream().synchronize()
-        began, worked = time.perf_counter_ns(), time.thread_time_ns()
-        _HELD["wait"]()  # it spins; a process that has to wait for its core does not, which is no work elsewhere
-        late = min(time.perf_counter_ns() - began, 4 * (time.thread_time_ns() - worked)) / 1e6
-        if late > _LATE_MS:
+        began = time.perf_counter_ns()
+        _HELD["wait"]()
+        if (late := (time.perf_counter_ns() - began) / 1e6) > _LATE_MS:
             _claim({"complaint": f"side_stream: {late:.2g} ms of work go on outside the current stream"})
             return b"s"
     _HELD["wait"]()
@@ -1887,32 +1886,25 @@ def _show(self: Any) -> float:
     self.judge.settle()
     return (time.perf_counter_ns() - began) / 1e6
 
-# %% ../../nbs/drkernel/03_gym.ipynb #9a1e6c0f
-def _line_up(self: Any, one: _Side, count: int) -> bool:
-    """Let passes be queued while nothing stands where they read; whether they are."""
-    with self.judge.alone():
-        self.hide()
-    if one.queue(count, _QUEUE_SECONDS):
-        return True
-    with self.judge.alone():  # it waits for one of them
-        self.show()
-        one.release()
-    return False
 
-
-def _pass(self: Any, one: _Side, count: int, queued: bool) -> tuple[float, bool]:
+def _pass(self: Any, one: _Side, count: int, gated: bool) -> tuple[float, bool]:
     """Milliseconds of forward passes on fresh contents, and whether the GPU was busy when they were shown.
 
     What showing them takes much longer than it did before is added: somebody may have worked meanwhile.
     """
     if self.device == "cpu":
         return one.timed(b"g" + bytes([count])), False
-    shown = self.show()
-    if not queued:
-        return one.timed(b"g" + bytes([count])), False
-    self.shown = min(self.shown, shown)
-    more = shown - 1.5 * self.shown
-    return one.open() + (more if more > _SHOWN_MS else 0.0), more > _SHOWN_MS
+    if gated:
+        self.hide()
+        if one.queue(count, _QUEUE_SECONDS):
+            shown = self.show()
+            self.shown = min(self.shown, shown)
+            more = shown - 1.5 * self.shown
+            return one.open() + (more if more > _SHOWN_MS else 0.0), more > _SHOWN_MS
+        self.show()
+        one.release()
+    self.show()
+    return one.timed(b"g" + bytes([count])), False
 
 
 _QUEUE_SECONDS, _SHOWN_MS = 1.0, 0.3
@@ -1936,19 +1928,6 @@ def _agrees(output: Tensor, ref: Tensor, allowed: Any) -> bool:
     wide = dataclasses.replace(allowed, atol=1.125 * allowed.atol, row=1.125 * allowed.row,
                                finite=bool(torch.isfinite(ref).all()))
     return compare(output, ref, ref.double(), wide).ok
-
-
-def _side_by_side(places: Sequence[_Place]) -> list[_Place]:
-    """One output of several sets as larger ones: rows of several sets where they stand side by side, up to 256 MiB."""
-    found: list[_Place] = []
-    for place in places:
-        last = found[-1] if found else None
-        if (last and len(place.shape) > 1 and last.offset + last.size == place.offset and last.size + place.size <= 1 << 28
-                and last.shape[1:] == place.shape[1:]):
-            found[-1] = dataclasses.replace(last, shape=(last.shape[0] + place.shape[0], *place.shape[1:]))
-        else:
-            found.append(place)
-    return found
 
 
 def _all_agree(every: Sequence[tuple[Tensor, Tensor, Any]]) -> bool:
@@ -2005,15 +1984,13 @@ def _try_window(self: Any, count: int) -> float:  # pragma: no cover
 def _single(self: Any, one: _Side, count: int, gated: bool | None = None) -> float:  # pragma: no cover
     """Milliseconds of a window whose outputs nobody asks for."""
     gated = self.gated if gated is None else gated
-    queued = gated and self.line_up(one, count)
-    with self.judge.alone():
-        spent = self.timed_pass(one, count, queued)[0]
-        if gated:
-            one.timed(b"f")
+    spent = self.timed_pass(one, count, gated)[0]
+    if gated:
+        one.timed(b"f")
     return spent
 
 
-_WINDOW_MS, _MOST_CALLS = 6.0, 16
+_WINDOW_MS, _MOST_CALLS = 6.0, 24
 
 # %% ../../nbs/drkernel/03_gym.ipynb #a0f08102
 def _rest(self: Any) -> None:  # pragma: no cover
@@ -2059,7 +2036,7 @@ class _Bench:
 
     lay_out, trial, put, put_inputs, fresh, order, holds = (
         _lay_out_sets, _trial, _put, _put_inputs, _fresh, _order, _holds)
-    unseen, draw_aside, hide, show, line_up, timed_pass = _unseen, _draw_aside, _hide, _show, _line_up, _pass
+    unseen, draw_aside, hide, show, timed_pass = _unseen, _draw_aside, _hide, _show, _pass
     prepare, fill_window, try_window, single = _prepare, _fill_window, _try_window, _single
     rest, close, _scaled = _rest, _close_bench, _scaled
 
@@ -2128,8 +2105,7 @@ def _question(self: Any, task: Task, bench: _Bench, side: _Side, found: dict[str
         outputs = self.answers(bench, side)
         if self.device == "cuda" and not bench.holds(trial):
             found["flags"] = sorted({*found["flags"], "input_mutation"})
-        with self.alone():
-            verdict = trial.compare(outputs)
+        verdict = trial.compare(outputs)
         found["max_err"] = worst = max(worst, verdict.max_err)
         if not verdict.ok:
             raise _Ended("incorrect", f"trial {number + 1}: {verdict.reason}")
@@ -2139,7 +2115,6 @@ def _question(self: Any, task: Task, bench: _Bench, side: _Side, found: dict[str
 def _answers(self: Any, bench: _Bench, side: _Side, region: Any = None, count: int = 1) -> list[Tensor]:
     """Let a child answer the first sets once, and read what it leaves; all poisoned before."""
     region = region or self.outputs
-    self.bury()
     region.poison(bench.sizes[1])
     side.timed(b"g" + bytes([count]))
     side.collect(region, bench.outputs[:count])
@@ -2212,33 +2187,30 @@ def _windows(self: Any, task: Task, bench: _Bench, side: _Side) -> dict[str, Any
     first: list[Tensor] = []
     bench.unused = random.SystemRandom().sample(bench.bases, len(bench.bases))
     for pair in range(task.trials + task.trials % 2):  # whole blocks ABBA
+        bench.fresh()
+        self.settle()
         with self.alone():
-            bench.fresh()
-        for name in ("ref", "new") if pair % 4 in (0, 3) else ("new", "ref"):
-            one, region = (bench.reference, bench.expected) if name == "ref" else (side, self.outputs)
-            queued = gated and bench.line_up(one, bench.count)
-            with self.alone():
+            for name in ("ref", "new") if pair % 4 in (0, 3) else ("new", "ref"):
+                one, region = (bench.reference, bench.expected) if name == "ref" else (side, self.outputs)
                 region.poison(bench.sizes[1])
-                self.settle()
-                passed, slow = bench.timed_pass(one, bench.count, queued)
-                began, busy = time.perf_counter_ns(), name == "new" and one.busy_threads()
+                passed, slow = bench.timed_pass(one, bench.count, gated)
+                began, busy = time.perf_counter_ns(), one.busy_threads()
                 if gated:
                     one.timed(b"f")
                 one.collect(region, bench.outputs)
+                spent[name]["g"].append(passed)
                 spent[name]["c"].append(0.0 if one.reads else (time.perf_counter_ns() - began) / 1e6)
-            spent[name]["g"].append(passed)
-            spent["busy"] += busy
-            spent["slow"][name] += slow
+                spent["busy"] += name == "new" and busy
+                spent["slow"][name] += slow
         answers = [place.view(bench.expected.bytes) for place in bench.outputs[0]]
         first = first or [answer.clone() for answer in answers]
         spent["same"] = spent["same"] and all(map(_agrees, first, answers, allowed))
-        with self.alone():
-            if not _all_agree([(place.view(self.outputs.bytes), place.view(bench.expected.bytes), limit)
-                               for places, limit in zip(zip(*bench.outputs, strict=True), allowed, strict=True)
-                               for place in _side_by_side(places)]):
-                raise _Ended("incorrect", f"timed call {pair + 1}: a wrong answer to new contents", "stale_output")
+        if not _all_agree([(place.view(self.outputs.bytes), place.view(bench.expected.bytes), limit)
+                           for places in bench.outputs for place, limit in zip(places, allowed, strict=True)]):
+            raise _Ended("incorrect", f"timed call {pair + 1}: a wrong answer to new contents", "stale_output")
     both = {"ref": bench.reference, "new": side} if bench.count > 1 else {}
-    spent["alone"] = {name: [bench.single(one, 1, gated) for _ in range(5)] for name, one in both.items()}
+    with self.alone():
+        spent["alone"] = {name: [bench.single(one, 1, gated) for _ in range(5)] for name, one in both.items()}
     return spent
 
 # %% ../../nbs/drkernel/03_gym.ipynb #9a1e6c0c
@@ -2439,7 +2411,7 @@ def _begin_side(self: Any, side: _Side) -> _Side:
 
 
 def _leave(self: Any, side: _Side) -> None:
-    """End a child; on a GPU, where that takes a tenth of a second, without waiting: who uses the outputs next does."""
+    """End a child; on a GPU, where that takes a tenth of a second, without waiting: the next one that is taken does."""
     if self.device == "cuda":
         side.child.send_signal(signal.SIGKILL)
         self.dying.append(side.child)
@@ -2449,6 +2421,8 @@ def _leave(self: Any, side: _Side) -> None:
 # %% ../../nbs/drkernel/03_gym.ipynb #9a1e6c0d
 def _take(self: Any, seconds: float | int) -> _Side:
     """A fresh child for a candidate; one that waits already, if there is one."""
+    while self.dying:  # it may still write outputs
+        self.dying.pop().close()
     self.outputs.forget()
     alive = [side for side in self.ready if side.child.wait(0) is None]
     for side in set(self.ready) - set(alive):
@@ -2460,12 +2434,6 @@ def _take(self: Any, seconds: float | int) -> _Side:
     if self.device == "cuda":  # the next ones begin meanwhile
         self.refill()
     return side
-
-
-def _bury(self: Any) -> None:
-    """Wait for those who were left: as long as they live they may write outputs."""
-    while self.dying:
-        self.dying.pop().close()
 
 
 def _refill(self: Any) -> None:
@@ -2595,18 +2563,13 @@ def _both_events(self: Any, bench: _Bench, side: _Side, found: dict[str, Any]) -
 # %% ../../nbs/drkernel/03_gym.ipynb #eeef7598
 @contextlib.contextmanager
 def _alone(self: Any) -> Iterator[None]:
-    """Have the GPU to oneself among the judges of a gym, also inside another such block; on a CPU each has its core."""
-    if self.device != "cuda" or self.locked:
+    """Have the GPU to oneself among the judges of a gym; on a CPU each has its core."""
+    if self.device != "cuda":
         yield
         return
     with open(Path(self.zygote.folder, "gpu.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        self.locked = True
-        try:
-            yield
-        finally:
-            self.settle()
-            self.locked = False
+        yield
 
 # %% ../../nbs/drkernel/03_gym.ipynb #18d5fd68
 class _Judge:
@@ -2634,7 +2597,6 @@ class _Judge:
         self.claims, self.spare = _Region(_CLAIMS, True), 2  # a candidate and its knock-out
         self.ready: list[_Side] = []
         self.dying: list[Child] = []
-        self.locked = False
         self.benches: dict[Any, _Bench] = {}
 
     evaluate, question, answers, time, windows = _evaluate, _question, _answers, _time, _windows
@@ -2642,7 +2604,7 @@ class _Judge:
     profile, events, matters, changes, vital, without = _profile_side, _events, _matters, _changes, _vital, _without
     is_sound = _is_sound
     make_side, take, refill, start_reference, regions = _make_side, _take, _refill, _start_reference, _regions
-    begin, leave, bury, forget_others = _begin_side, _leave, _bury, _forget_others
+    begin, leave, forget_others = _begin_side, _leave, _forget_others
     compile_first = _compile_first
     bench, drop, fit, both_events, alone = _bench, _drop, _fit, _both_events, _alone
 
@@ -3780,7 +3742,7 @@ torch.zeros(1, device={device!r})
 
 def _rate_row(device: str, problem: Problem, code: str) -> dict[str, Any]:
     """Distinct candidates a second, with compilation; beside a new interpreter for each that only imports torch."""
-    workers, count = (8, 64) if device == "cuda" else (1, 20)
+    workers, count = (4, 64) if device == "cuda" else (1, 20)
     mark = secrets.token_hex(4)  # no kernel may be compiled already
     with KernelGym(workers, device=device) as gym:
         tasks = [Task(problem, code.replace("affine_relu", f"k{mark}_{k}")) for k in range(count + 2 * workers)]

@@ -79,9 +79,6 @@ class Gate:
 
         module._HELD["model"] = later
 
-    def tick(self):
-        pass
-
     def mark(self, number):
         queued, model = self.queued, self.model
         module._HELD["model"] = model
@@ -185,7 +182,6 @@ def test_a_mark_that_never_comes_is_asked_for(judge, monkeypatch):
 EARLY = """
 class Open:
     def shut(self, number): self.number = number
-    def tick(self): pass
     def mark(self, number): GATE.words[GYM._MARK] = number
 GATE = vars(GYM).setdefault("KEPT_GATE", GYM._HELD["gate"])  # the emptied source was here before
 GYM._HELD["gate"] = Open()
@@ -243,9 +239,9 @@ def test_work_beside_the_gate_is_charged():
     bench = module._Bench.__new__(module._Bench)
     spent = iter((1.0, 2.0, 1.2, 9.0))
     bench.device, bench.shown = "cuda", float("inf")
-    bench.show = lambda: next(spent)
+    bench.hide, bench.show = (lambda: None), (lambda: next(spent))
     side = module._Side.__new__(module._Side)
-    side.open = lambda: 5.0
+    side.queue, side.open = (lambda count, seconds: True), (lambda: 5.0)
     told = [bench.timed_pass(side, 4, True) for _ in range(4)]
     assert told == [(5.0, False), (5.5, True), (5.0, False), (12.5, True)]
 
@@ -326,27 +322,3 @@ def test_a_single_call_is_looked_at_again_before_it_counts_as_a_batch(slow, flag
     spent = {"gated": True, "alone": {"ref": [0.25] * 5, "new": [1.15 if slow(k) else 0.25 for k in range(5)]}}
     assert module._batches(judge, bench, new, spent, 0.15, {"ref_ms": 0.1, "new_ms": 0.1}) is flagged
     assert asked.count(new) == asked.count(bench.reference) == 20 * slow(0)
-
-
-def test_outputs_side_by_side_are_looked_at_together():
-    def places(*shape, gap=0):
-        size = 4
-        for n in shape:
-            size *= n
-        return [module._Place(k * (size + gap), shape, torch.float32) for k in range(5)]
-
-    assert [p.shape for p in module._side_by_side(places(128, 64))] == [(640, 64)]
-    assert len(module._side_by_side(places(128, 64, gap=512))) == 5 == len(module._side_by_side(places(128)))
-    assert [p.shape[0] for p in module._side_by_side(places(1 << 15, 1 << 10))] == [1 << 16, 1 << 16, 1 << 15]
-
-
-def test_a_judge_that_has_the_gpu_may_ask_for_it_again(tmp_path):
-    settled = []
-    judge = types.SimpleNamespace(device="cuda", locked=False, zygote=types.SimpleNamespace(folder=tmp_path),
-                                  settle=lambda: settled.append(1))
-    with pytest.raises(KeyError), module._alone(judge):
-        with module._alone(judge):
-            assert judge.locked
-        assert judge.locked and not settled
-        raise KeyError
-    assert not judge.locked and settled == [1]
