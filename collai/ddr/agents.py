@@ -945,7 +945,7 @@ def _flight_row(model: Any, words: Any, device: str, small: bool) -> dict[str, A
     """Tokens a second of many agents in threads, who begin with the same rules; the peer reads the rules in every row."""
     from concurrent.futures import ThreadPoolExecutor
 
-    agents, turns, n = (6, 2, 4) if small else (64, 4, 64)
+    agents, turns, n = (6, 2, 4) if small else (64, 2, 32)
     rules, task = _opening(("sql", "python"), True, None)
 
     def fly(chat: Any, turns: int, agent: int) -> int:
