@@ -786,6 +786,20 @@ def _beginning(rows: Sequence[Sequence[int]], kept: Iterable[tuple[int, ...]]) -
     return known or (fresh if len(fresh) >= 16 else ())
 
 
+def _spread(states: Any, config: Any, rows: int, length: int) -> tuple[Any, dict[str, Any]]:
+    """States of a beginning for many rows, with room for the rest, so that no step copies them; and how to generate with them."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+    room = StaticCache(config=config, max_cache_len=length)
+    if not isinstance(states, DynamicCache) or {*map(type, states.layers)} != {DynamicLayer} or {*map(type, room.layers)} != {StaticLayer}:
+        states = copy.deepcopy(states)  # of a kind that has to grow
+        states.batch_repeat_interleave(rows)
+        return states, {}
+    for i, layer in enumerate(states.layers):
+        room.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
+    return room, {"disable_compile": True}  # each batch has another shape
+
+# %% ../../nbs/ddr/04_agents.ipynb #b11d0025
 class _Prefixed:
     """A decoder that reads the common beginning of a batch once, and keeps the states of the last few beginnings."""
 
@@ -802,15 +816,14 @@ class _Prefixed:
         if prefix not in self.kept:
             head = torch.tensor([prefix], device=input_ids.device)
             self.kept = dict([*self.kept.items()][-3:]) | {prefix: self.decoder(head, use_cache=True, logits_to_keep=1).past_key_values}
-        states = copy.deepcopy(self.kept[prefix])
-        states.batch_repeat_interleave(len(rows))
+        states, how = _spread(self.kept[prefix], self.decoder.config, len(rows), input_ids.shape[1] + options["max_new_tokens"])
         self.reused += len(prefix) * len(rows)
         ids, mask = input_ids.clone(), torch.ones_like(attention_mask)
         ids[:, : len(prefix)] = torch.tensor(prefix, device=ids.device)
         for i, row in enumerate(rows):  # then the padding, then the rest
             end = ids.shape[1] - len(row) + len(prefix)
             ids[i, len(prefix) : end], mask[i, len(prefix) : end] = options["pad_token_id"], 0
-        return self.decoder.generate(input_ids=ids, attention_mask=mask, past_key_values=states, **options)
+        return self.decoder.generate(input_ids=ids, attention_mask=mask, past_key_values=states, **how, **options)
 
 # %% ../../nbs/ddr/04_agents.ipynb #b11d0011
 def _generate_together(self: Any, requests: Sequence[Request]) -> list[Reply]:

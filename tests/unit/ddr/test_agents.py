@@ -409,6 +409,19 @@ def test_agents_that_are_served_together_hear_what_each_would_hear_alone():
         TogetherChat(TinyLM(len(LETTERS)), LETTERS)
 
 
+def test_states_that_can_not_lie_in_one_place_grow():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                           num_key_value_heads=1, head_dim=16, sliding_window=16, eos_token_id=None, bos_token_id=None)
+    model, words = MistralForCausalLM(config).eval(), module._Bytes()
+    asked = [Request([{"role": "system", "content": "y" * 40}, {"role": "user", "content": f"shop {i}"}], max_tokens=5) for i in range(4)]
+    together = TogetherChat(model, words)
+    assert [r.text for r in together.generate(asked)] == [TransformersChat(model, words).generate([r])[0].text for r in asked]
+    assert together.reused >= 4 * 40 and module._spread(together._decoder.kept.popitem()[1], config, 4, 99)[1] == {}
+
+
 def test_a_request_that_fails_is_an_error_for_who_asked():
     together = TogetherChat(module._measured_model("cpu", small=True), module._Bytes())
     with pytest.raises(ValueError, match="the prompt has no tokens"):
