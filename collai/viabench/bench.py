@@ -409,11 +409,11 @@ def _options(entry: Mapping[str, Any], where: str) -> list[str]:
     """Read the block of options of an entry."""
     block = entry.get("option")
     lines = re.sub(r"^\s*Options?:", "", block).split("\n") if isinstance(block, str) else []
-    read = {line: re.fullmatch(r"[ \t]*([A-Z])[.][ \t]*(.*?)[ \t\r]*", line) for line in lines if line.strip()}
-    found = [match.groups() for match in read.values() if match]
+    read = [(line, re.fullmatch(r"[ \t]*([A-Z])[.][ \t]*(.*?)[ \t\r]*", line)) for line in lines if line.strip()]
+    found = [match.groups() for _, match in read if match]
     if not found:
         raise ValueError(f"{where} has no block of options, got {block!r}")
-    if wrong := [line for line, match in read.items() if not match]:
+    if wrong := [line for line, match in read if not match]:
         raise ValueError(f"{where}: a line of the options is not like 'A. Yes', got {wrong[0]!r}")
     letters, options = zip(*found, strict=True)
     if list(letters) != [chr(65 + i) for i in range(len(letters))] or "" in options:
@@ -683,7 +683,8 @@ def evaluate(model: Any, benchmark: Benchmark, *, prompt: str = "direct", circul
     Raises
     ------
     ValueError, TypeError
-        If an argument is not as above, or `out` belongs to another benchmark or prompt ("study fingerprint mismatch").    Exception
+        If an argument is not as above, or `out` belongs to another benchmark or prompt ("study fingerprint mismatch").
+    Exception
         The model's own ends the run; what is finished stays in `out`. ConnectionError, TimeoutError and ChatError are
         tried again, then counted in ``errors``.
     """

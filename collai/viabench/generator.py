@@ -81,7 +81,7 @@ def to_srgb(light: Any) -> UInt8[np.ndarray, "..."]:
 
 
 def luminance(image: Any) -> Float64[np.ndarray, "..."]:
-    """Relative luminance of sRGB codes, equation (vb.1.1).
+    """Relative luminance of sRGB codes, equation (vb.0.1).
 
     Parameters
     ----------

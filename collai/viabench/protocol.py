@@ -144,6 +144,12 @@ def _grid_places(text: str) -> str:
     return re.sub(r"(?i)\brow\s*(\d+)(?:,|\s|and|in|the)+col(?:umn)?\s*(\d+)", r"(\1, \2)", text)
 
 
+def _last_turn(text: str) -> str:
+    """What follows the last header of the assistant's turn, where a reply still holds its chat template."""
+    turns = re.split(r"(?i:(?:^|(?<=[\s>]))assistant(?:<\|\w+\|>)?\s*[:\n])|\[/INST\]", text)
+    return next((turn for turn in reversed(turns) if turn.strip()), "")
+
+
 def _thought(text: str) -> str:
     """The reply without its thinking, finished or not."""
     tags = r"(?:<|\u25c1)(/?)(?:think|thinking|thought|reasoning|analysis|scratchpad)(?:>|\u25b7)"
@@ -162,7 +168,7 @@ def _plain(text: str) -> str:
     """Text without markup: tags, LaTeX, markdown."""
     text = re.sub(r"(?i)<(?:final_?)?answer>", "\nAnswer: ", text)
     text = re.sub(r"(?i)</(?:final_?)?answer>", "\n", text)
-    text = re.sub(r"</?[A-Za-z][^<>\n]{0,40}>", " ", text)
+    text = re.sub(r"</?[A-Za-z][^<>\n]{0,40}>", " ", re.sub(r"<\|\w{1,40}\|>", "\n", text))
     for _ in range(3):
         text = re.sub(r"\\(?:text|math|operatorname|f?boxed)\w*\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[()\[\]]|\$", " ", text)
@@ -234,8 +240,12 @@ def _boxed(text: str) -> str | None:
 _LEFT, _RIGHT = r"(?<![0-9A-Za-z\u00c0-\u024f])", r"(?![0-9A-Za-z\u00c0-\u024f])"
 _TWINS = ((("yes", "是", "是的", "对"), "yes", "是的?|对的?"), (("no", "否", "不是", "不对"), "no", "否|不是的?|不对"),
           (("not sure", "不确定"), "not sure|unsure|(?:不|无法|不能)确定", "(?!)"))
-_NO_IDIOM = (r"(?!\s+(?:idea|doubt|way|clear|clue|matter|longer|more|one|question|need|problem|wonder|answer|option|"
-             r"choice|difference|sense|reason|further|other)\b)")
+_FOLLOWS = (r"(?:is|are|was|as|and|or|but|nor|not|because|since|for|with|due|given|which|where|who|if|looks?|seems?|"
+            r"appears?|must|should|can|could|would|has|have|had|does|do|vs|versus|instead|rather|over|here|then|fits?|"
+            r"works|remains?|it|in|to|i|of|on|by|while|though|although|being|alone|only|ends?|starts?|from|wins|says?|"
+            r"even|after|based)\b")  # after "A" or "no" as an answer; other words make them the article, the determiner
+_NO_NOUN = (rf"(?![ \t]+(?!{_FOLLOWS}|(?:the|this|that|these|those|an?|they|there|he|she|we|you|at|so|therefore|thus|"
+            r"hence|too|when|both|all|yes|no)\b)\w)")
 
 
 def _word(token: str) -> str:
@@ -254,7 +264,7 @@ def _text_pattern(option: str) -> str:
     for names, latin, han in _TWINS:
         if plain.casefold().rstrip(".") in names:
             ends = r"(?=$|[\s,.;:!?、。])"
-            return (rf"{_LEFT}(?:{latin}){_RIGHT}{_NO_IDIOM if latin == 'no' else ''}|"
+            return (rf"{_LEFT}(?:{latin}){_RIGHT}{_NO_NOUN if latin == 'no' else ''}|"
                     rf"(?:^|(?<=[\s,.;:!?、。])|(?<=答案是)|(?<=答案为)|(?<=选))(?:{han}){ends}")
     plain = re.sub(r"^(?:[Tt]he|[Aa]n|a)\s+(?=\w)", "", plain)
     words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s.,;:!?'\"()\[\]{}-]", plain)
@@ -361,7 +371,9 @@ _FILL = rf"(?:{_SAID['fill']}|{_OPEN})*"
 _DENY_FILL = (rf"(?:{_SAID['fill']}|{_OPEN}|"
               r"\b(?:think|believe|say|choose|select|pick|go|opt|claim|mean|call|because|options|choices)\b)*")
 _REJECTED = re.compile(rf"(?:{_SAID['reject']}|^\W*over){_DENY_FILL}$", re.I)
-_DECLARED = re.compile(rf"(?:{_SAID['answer']}|{_SAID['pick']}){_FILL}$", re.I)
+_ASIDE = (r"\banswer(?:\s*\([^()\n]*\)|,[^,.;!?\n]+,|\s(?:to|for|of|in)(?:\s[\w'-]+){1,8}?)"
+          r"(?=\s*(?:is\b|:|=))")  # "the answer to the question is"
+_DECLARED = re.compile(rf"(?:{_SAID['answer']}|{_SAID['pick']}|{_ASIDE}){_FILL}$", re.I)
 _CONCLUDED = re.compile(rf"{_SAID['conclude']}{_FILL}$", re.I)
 _MAYBE = re.compile(rf"\b(?:could|might|may) (?:\w+ )?be{_FILL}$", re.I)
 _SHIFTED = re.compile(rf"\b(?:chang|switch|revis|correct)\w*\b[^.;!?\n]*\bto\b{_FILL}$", re.I)
@@ -374,34 +386,36 @@ _GOOD = re.compile(
     _COPULA + r"(?:(?:correct|true|accurate|valid|best|fits?|match(?:es)?|works|answer|remains?|"
     r"right(?=\W*(?:$|[\n.,;!?)]|\b(?:answer|option|choice|one|and|because|since|as|here|so|is)\b))|"
     r"(?:better|strongest|safest|likel(?:y|ier|iest)|most \w+) (?:choice|option|answer|pick|one|fit)|"
-    r"what (?:\w+ ){1,4}?(?:choose|pick|select|says?|go|shows?)|(?<=is )left(?=\W*$|\s*[.,;!]))\b|"
+    r"what (?!(?:\w+ )?(?:people|humans?|observers?|viewers?|many|most|others|one)\b)(?:\w+ ){1,4}?(?:choose|pick|select|says?|go|shows?)|(?<=is )left(?=\W*$|\s*[.,;!]))\b|"
     r"正确|对(?!称|比)|没错|[\u2713\u2714\u2705\u221a])", re.I)
 _BAD = re.compile(
     _COPULA + r"(?:(?:not|never)(?:\s+(?:be|been|the|a|quite|really|at|all|it|my))*\s*(?:"
     r"(?:(?<=is not)|(?<=not it))(?=\s*(?:$|[.,;!\n]))|"
     r"(?:correct|right|true|valid|accurate|answer|possible|fit|match|work)\b)|"
     r"(?:wrong|incorrect|false|invalid|inaccurate|mistaken|untrue|distractors?|impossible|ruled out|eliminated|"
-    r"excluded|rejected|discarded|dismissed|out(?=[.,;!\s]*$|[.,;!\n])|does not|do not|fails?)\b|"
+    r"excluded|rejected|discarded|dismissed|(?:the\s+)?(?:\w+\s+)?(?:mistake|error|trap)|out(?=[.,;!\s]*$|[.,;!\n])|does not|do not|fails?)\b|"
     r"错|不对|不正确|不成立|排除|[\u2717\u2718\u274c\u00d7])", re.I)
 
 # %% ../../nbs/viabench/03_protocol.ipynb #86eabe7a
 _HEDGED, _IF, _WOULD, _SEEMS, _LED = (re.compile(_SAID[name], re.I)
                                       for name in ("hedge", "if", "would", "seems", "led"))
+_ASKED = re.compile(r"\s+(?:is|are|has|have)(?:\s+(?:a|the))?\s+wrong\b", re.I)  # some questions ask what is wrong
+_NOTED = re.compile(rf"{_SAID['answer']}\s*[:=][^.;!?\n()]*\($", re.I)  # "Answer: the one on the right (B)"
+_CLOSED = re.compile(r"(?:(?:[:=\u2192\u21d2\u2013\u2014]|[=-]>)\s*[\"'(\[{]*\0[\s\"')\]}.!。]*|,\s*\0[.!。]\s*)$")  # \0: letter
+_SO = re.compile(r",\s*(?=(?:so|therefore|thus|hence)\b)", re.I)  # ends what "not" denies
+_UNREAL = re.compile(r"[\"')\]]*\s*(?:would|could|might)\b", re.I)
+_OTHERS = re.compile(rf"\bif (?:you|they|one|people|someone|anyone) (?:\w+ )?{_SAID['pick']}{_FILL}$", re.I)
 _BREAK = re.compile(r"[.;!?。\n](?!\d)|(?=\b(?:but|yet|however|although|though|while|whereas|still)\b|但是?|不过|然而|"
                     r"而是|其实)", re.I)
 _LABEL = re.compile(rf"{_SAID['label']}\s*[\"'(]*$", re.I)
 _VERB = re.compile(rf"[\"')\]]*\s*{_SAID['verb']}", re.I)
 _FREE = re.compile(rf"(?:{_SAID['free']}|\W)*", re.I)
 _JOIN = re.compile(r"[\s,/&|、\"'()\[\]+-]*(?:\b(?:or|and|nor|and/or|vs\.?|versus)\b|或者?是?|还是|和|与|及)?[\s,]*"
-                   r"(?:either|option|choice|选项)?[\s\"'(\[]*", re.I)
+                   r"(?:either|maybe|perhaps|possibly|option|choice|选项)?[\s\"'(\[]*", re.I)
 _HARD = re.compile(r"\b(?:or|and|nor|vs|versus)\b|[/&|、+-]|或|还是|和|与|及", re.I)
 _END = re.compile(r"[\s\"')\]}]*(?:$|[.,;:!?。\n\u2013\u2014-]|\b(?:because|since|as|for|that|due|given|instead|then|"
                   r"after|here|now|not|rather|and|or|by|with|in|from|based)\b|\(|吧|选项)", re.I)
-_ARTICLE = re.compile(
-    r"\s+(?!(?:is|are|was|as|and|or|but|nor|not|because|since|for|with|due|given|which|where|who|if|looks?|seems?|"
-    r"appears?|must|should|can|could|would|has|have|had|does|do|vs|versus|instead|rather|over|here|then|fits?|works|"
-    r"remains?|it|in|to|i|of|on|by|while|though|although|being|alone|only|ends?|starts?|from|wins|says?|even|after|"
-    r"based)\b)[a-z]")
+_ARTICLE = re.compile(rf"\s+(?!{_FOLLOWS})[a-z]")
 
 # %% ../../nbs/viabench/03_protocol.ipynb #e7c1e5de
 _NEAR = 400  # characters beside a mention that can change what it means
@@ -432,6 +446,12 @@ def _is_letter(text: str, start: int, end: int) -> bool:
     return bool(enclosed or led or alone)
 
 # %% ../../nbs/viabench/03_protocol.ipynb #55d34daf
+def _judged(text: str, end: int) -> bool:
+    """Whether the rest of a line says that an option is right or wrong."""
+    rest = re.split(r"[.;!?。\n]", text[end:end + _NEAR])[0]
+    return bool(_GOOD.match(rest) or _BAD.match(rest))
+
+
 def _found(text: str, options: tuple[str, ...]) -> list[_Mention]:
     """Single mentions in order, without quoted lists of the options ("A. Yes B. No C. Not Sure")."""
     pattern, groups = _lexer(options)
@@ -445,7 +465,7 @@ def _found(text: str, options: tuple[str, ...]) -> list[_Mention]:
     run: list[_Mention] = []
     for mention, whole in [*found, (_Mention(0, 0, frozenset(), True), False)]:
         if not (whole and mention.letters == {chr(65 + len(run))}):
-            kept += run if len(run) == 1 else []
+            kept += [one for one in run if len(run) == 1 or _judged(text, one.end)]
             run = []
         if whole and mention.letters == {chr(65 + len(run))}:
             run.append(mention)
@@ -476,8 +496,8 @@ def _weak(text: str, left: str, right: str) -> str:
     rest = re.split(r"[.;!?。\n]", right)[0]
     if re.match(r"[\s\"')\]]*\?", right) and right.strip(" \"')]?\n"):
         return "asked"
-    unreal = _WOULD.search(left) and (_IF.search(left) or _IF.search(rest))
-    return "hedged" if unreal or _HEDGED.search(left) else ""
+    unreal = (_WOULD.search(left) or _UNREAL.match(rest)) and (_IF.search(left) or _IF.search(rest))
+    return "hedged" if unreal or _HEDGED.search(left) or _OTHERS.search(left) else ""
 
 
 def _status(text: str, group: _Mention, after: int) -> str:
@@ -486,7 +506,8 @@ def _status(text: str, group: _Mention, after: int) -> str:
     begin = max((hit.end() for hit in _BREAK.finditer(text, far, group.start)), default=far)
     right = text[group.end:group.end + _NEAR]
     left, near = text[begin:group.start], text[max(begin, after):group.start]
-    if _REJECTED.search(near) or _BAD.match(right):
+    judged = right if group.by_letter else "" if _ASKED.match(right) else right.split(",")[0]
+    if _REJECTED.search(_SO.split(near)[-1]) or _BAD.match(judged):
         return "rejected"
     if weak := _weak(text, near.rsplit(",", 1)[-1] if after > begin else left, right):
         return weak
@@ -495,10 +516,11 @@ def _status(text: str, group: _Mention, after: int) -> str:
     before = re.search(r"[^.;!?。]*[:.!\n\s,-]*$", text[max(0, begin - 100):begin])
     if begin >= after and before and not near.strip(" \t\"'([{") and _CARRIED.fullmatch(before[0]):
         near = before[0]
+    closed = _NOTED.search(near) or (len(text) < group.end + 20 and _CLOSED.search(near + "\0" + text[group.end:]))
     near = near.rstrip(".!\n ") + " "
     if _MAYBE.search(near):
         return "maybe"
-    concluded = _SHIFTED.search(left) or (_END.match(right) and _CONCLUDED.search(near))
+    concluded = (group.by_letter and closed) or _SHIFTED.search(left) or (_END.match(right) and _CONCLUDED.search(near))
     return "declared" if concluded or _DECLARED.search(near) else "bare"
 
 
@@ -520,20 +542,24 @@ def _read(text: str, options: tuple[str, ...]) -> str | None:
     """Letter of the last declaration that is not taken back, "" if it is no choice, None if there is none."""
     last: frozenset[str] = frozenset()
     maybe: frozenset[str] = frozenset()
-    place = 0
+    named, place = last, 0
     for group in _meant(text, options):
-        if last and _RETRACTED.search(text, place, group.start):
+        if last == named and _RETRACTED.search(text, place, group.start):
             last = frozenset()
+        named, place = group.letters, group.end
         if group.status == "declared":
-            last, place = group.letters, group.end
+            last = group.letters
         elif group.status == "maybe":
             maybe |= group.letters
         elif group.status == "rejected" and last == group.letters:
             last = frozenset()
-    last = frozenset() if last and _RETRACTED.search(text, place) else last
+    last = frozenset() if last == named and _RETRACTED.search(text, place) else last
     return _single(last or maybe, options) if last or maybe else None
 
 # %% ../../nbs/viabench/03_protocol.ipynb #aa187f59
+_OPENING = re.compile(r"[\s\"'(\[{]*(?:option|choice|letter|选项)?[\s\"'(\[{]*", re.I)
+
+
 def _bare(text: str, options: tuple[str, ...]) -> str | None:
     """Letter of sentences that say nothing but an option, "" if they say several, None if there is none."""
     groups = _meant(text, options)
@@ -548,7 +574,7 @@ def _bare(text: str, options: tuple[str, ...]) -> str | None:
         rest = re.split(r"[.;!?。\n]", plain[group.end:group.end + _NEAR])[0]
         sentence = plain[ends[at - 1] if at else 0:group.start], rest
         alone = all(len(part) < _NEAR and _FREE.fullmatch(part) for part in sentence)
-        opens = (group is groups[0] and not text[:group.start].strip(" \n\t\"'([{") and not _VERB.match(text, group.end)
+        opens = (group is groups[0] and _OPENING.fullmatch(text, 0, group.start) and not _VERB.match(text, group.end)
                  and re.match(r"[\"')\]]*\s*(?:[.):,\u2013\u2014-]|(?:because|since|as)\b)", text[group.end:]))
         if group.by_letter and group.status in ("bare", "hedged") and (alone or opens):
             said |= group.letters
@@ -609,7 +635,7 @@ def extract_choice(reply: str, options: Sequence[str]) -> str | None:
     """
     if not isinstance(reply, str):
         raise TypeError(f"reply must be a string, got {type(reply).__name__}")
-    shown, text = _check_options(options), _thought(_unfold(reply))
+    shown, text = _check_options(options), _thought(_last_turn(_unfold(reply)))
     for part in (_json(text), _boxed(text)):
         inner = "" if part is None else "Answer: " + _grid_places(_plain(part))
         letter = _read(inner, shown)

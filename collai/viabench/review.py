@@ -405,7 +405,7 @@ def _fleiss(pairs: Sequence[Sequence[tuple[str, str]]]) -> float:
 
 
 def _agreement(self: Any) -> dict[str, Any]:
-    """How well the first two people of each item agree, equation (vb.8.1).
+    """How well the first two people of each item agree, equation (vb.7.1).
 
     Returns
     -------

@@ -266,6 +266,7 @@ def test_a_block_of_options_is_read_as_it_is_written(options):
     ({"option": "A. Yes\nB.\n"}, "options must be lettered A, B"),
     ({"option": "A. Yes\n"}, "needs two or more different options"),
     ({"option": "A. Yes\nB. Yes\n"}, r"needs two or more different options, got \['Yes', 'Yes'\]"),
+    ({"option": "A. Yes\nA. Yes\nB. No\n"}, "options must be lettered A, B, ... and have texts"),
     ({"image_name": "cat.webp"}, "the index of the picture must be a number, got 'cat.webp'"),
     ({"image_name": "-1.webp"}, "the index of the picture must be a number, got '-1.webp'"),
     ({"image_name": "17.gif"}, "needs an image_name like 17.webp"),
