@@ -79,6 +79,9 @@ class Gate:
 
         module._HELD["model"] = later
 
+    def tick(self):
+        pass
+
     def mark(self, number):
         queued, model = self.queued, self.model
         module._HELD["model"] = model
@@ -182,6 +185,7 @@ def test_a_mark_that_never_comes_is_asked_for(judge, monkeypatch):
 EARLY = """
 class Open:
     def shut(self, number): self.number = number
+    def tick(self): pass
     def mark(self, number): GATE.words[GYM._MARK] = number
 GATE = vars(GYM).setdefault("KEPT_GATE", GYM._HELD["gate"])  # the emptied source was here before
 GYM._HELD["gate"] = Open()
@@ -322,3 +326,12 @@ def test_a_single_call_is_looked_at_again_before_it_counts_as_a_batch(slow, flag
     spent = {"gated": True, "alone": {"ref": [0.25] * 5, "new": [1.15 if slow(k) else 0.25 for k in range(5)]}}
     assert module._batches(judge, bench, new, spent, 0.15, {"ref_ms": 0.1, "new_ms": 0.1}) is flagged
     assert asked.count(new) == asked.count(bench.reference) == 20 * slow(0)
+
+
+@pytest.mark.parametrize(("count", "asked"), [(0, ["shut", "tick", "mark"]), (2, ["shut", "pass", "pass", "mark"])])
+def test_a_window_without_passes_has_a_kernel_that_does_nothing(count, asked, monkeypatch):
+    done = []
+    gate = types.SimpleNamespace(shut=lambda number: done.append("shut"), tick=lambda: done.append("tick"), mark=lambda number: done.append("mark"))
+    monkeypatch.setattr(module, "_HELD", {"gate": gate, "model": lambda x: done.append("pass"), "sets": [[1], [2], [3]]})
+    assert module._queue(count, 7) == b"d"
+    assert done == asked
