@@ -217,8 +217,8 @@ def test_a_wrong_deed_is_taken_back(tasks, device):
     from collai.mobilebench.tasks import _every
     task = next(t for t in tasks if t.subset == "base" and not any(a.kind == "answer" for a in t.oracle_actions()))
     agent = Recovery(task)
-    for other in _every(task.seed, task.locale, task.app):
-        if other.undo and other.template.name not in {name for name, *_ in task.parts}:
+    for other in sorted((t for t in _every(task.seed, task.locale, task.app) if t.undo), key=lambda t: len(t.undo)):
+        if other.template.name not in {name for name, *_ in task.parts}:
             agent.phone.restore(agent.phone.initial)
             noise._walk(agent.phone, task.app, [("open",), *other.plan])
             state = agent.phone.snapshot()
